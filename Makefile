@@ -1,0 +1,63 @@
+# Each target makes .venv and installs by itself; only Python >= 3.11 is needed before.
+# pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) and, with UV=1, uv's (UV_INDEX, ...) are honoured.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV ?=
+ifeq ($(UV),)
+INSTALL = $(BIN)/python -m pip install --quiet
+else
+INSTALL = uv pip install --quiet --python $(BIN)/python
+endif
+TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=agg
+
+.PHONY: help demo test check quick bench docs lab clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "wsol_nb needs Python 3.11 or newer; none was found. Try: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@$(if $(UV),uv venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+
+$(VENV)/.run: setup.py settings.ini constraints.txt | $(VENV)/bin/python
+	@echo "installing wsol_nb"
+	@$(INSTALL) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the development tools"
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.run ## a synthetic world, a CAM classifier, a table and demo/report.html
+	@$(BIN)/wsol_demo
+
+test: check ## everything that CI runs
+
+check: $(VENV)/.dev ## notebooks and modules in sync, every notebook runs, every test passes
+	@$(TEST_ENV) $(BIN)/python tests/sync.py
+	@$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --timing
+	@$(TEST_ENV) $(BIN)/python -m pytest -q
+
+quick: $(VENV)/.dev ## under a minute: sync, imports and the notebooks touched since HEAD
+	@$(TEST_ENV) $(BIN)/python tests/sync.py
+	@$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_house.py
+	@for nb in $$(git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; git ls-files -o --exclude-standard -- 'nbs/*.ipynb'); do \
+	  $(TEST_ENV) $(BIN)/nbdev_test --path $$nb --do_print || exit 1; done
+
+bench: $(VENV)/.dev ## speed, as ratios against a peer in the same run
+	@$(BIN)/python tests/bench.py
+
+docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks and their links are checked
+	@$(BIN)/python tests/docs.py
+
+lab: $(VENV)/.dev ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir nbs
+
+clean: ## remove what is made at run time, .venv excepted
+	@rm -rf demo runs _docs _proc build dist .pytest_cache *.egg-info
