@@ -114,7 +114,7 @@ def _manifest(rows, names):
     df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several)
     return df.astype({'label': 'int64', 'width': 'int64', 'height': 'int64'})
 
-# %% ../../nbs/02_data.manifest.ipynb #56f8b6b2
+# %% ../../nbs/02_data.manifest.ipynb #f2b4bc2e
 def datasets_in(
     root, # folder that holds `metadata/`
 )->dict: # {dataset: [splits]}
@@ -145,8 +145,7 @@ def read_metadata(
         more, faults = _read_split(root/'metadata'/dataset/s, images, s)
         if not more: faults.append((s, '', 'image_ids.txt', f'split {s!r} of {dataset} is empty'))
         rows, problems = rows + more, problems + faults
-    problems = problem_table(problems)
-    if strict and len(problems): raise ValueError(f'{dataset}: {describe_problems(problems)}')
+    if strict and problems: raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
     df = _manifest(rows, _class_names(rows, root/'metadata'/dataset/'class_names.txt'))
     df.attrs['problems'] = problems
     return df
@@ -164,7 +163,7 @@ def _random_splits(n, valid_pct, test_pct, rng):
     names[order[n_val:n_val + n_test]] = 'test'
     return names
 
-# %% ../../nbs/02_data.manifest.ipynb #58e9cb8d
+# %% ../../nbs/02_data.manifest.ipynb #2477cf01
 def folder_manifest(
     root, # `root/<class>/<image>`, or `root/<split>/<class>/<image>`
     valid_pct:float=.2, # share of each class that becomes 'val', where the folder has no splits
@@ -188,7 +187,6 @@ def folder_manifest(
     rows = [dict(image_id=f.as_posix(), path=str(root/f), split=s, width=0, height=0, labels=(names.index(c),), mask=(), ignore='',
                  boxes=np.zeros((0, 4), np.int64)) for f, c, s in zip(files, classes, splits)]
     df = _manifest(rows, dict(enumerate(names)))
-    df.attrs['problems'] = problem_table([])
     return df
 
 # %% ../../nbs/02_data.manifest.ipynb #c9fa53c1
@@ -230,7 +228,7 @@ def _check_files(r):
     except FileNotFoundError as e: yield f'{e.filename}: no such file'
     except Exception as e: yield f'{r.path}: cannot be read as an image ({type(e).__name__}: {e})'
 
-# %% ../../nbs/02_data.manifest.ipynb #5708d2a9
+# %% ../../nbs/02_data.manifest.ipynb #0ac586e6
 def check_manifest(
     df:pd.DataFrame, # a manifest
     images:bool=True, # decode every image and mask; False: only what the table shows
@@ -240,7 +238,7 @@ def check_manifest(
     "Everything that is wrong with a dataset, by row."
     missing = [c for c in COLUMNS if c not in df.columns]
     if missing: raise ValueError(f'df: a manifest has columns {", ".join(COLUMNS)}; {", ".join(missing)} missing')
-    found = [tuple(p) for p in df.attrs.get('problems', problem_table([])).itertuples(index=False)]
+    found = list(df.attrs.get('problems', []))
     known = {(p[0], p[1]) for p in found}
     rows = list(df.itertuples())
     say = lambda r, what: found.append((r.split, r.image_id, f'{r.split} {r.image_id}', what))
@@ -259,7 +257,7 @@ def check_manifest(
                 for what in whats: say(r, what)
     return problem_table(found)
 
-# %% ../../nbs/02_data.manifest.ipynb #2c9a8b63
+# %% ../../nbs/02_data.manifest.ipynb #b07829fc
 def drop_bad(
     df:pd.DataFrame, # a manifest
     problems:pd.DataFrame, # from `check_manifest`
@@ -269,5 +267,5 @@ def drop_bad(
     key = pd.MultiIndex.from_frame(df[['split', 'image_id']])
     bad = key.isin(why.index)
     sound = df[~bad].reset_index(drop=True)
-    sound.attrs = df.attrs | {'problems': problems[problems.image_id == '']}
+    sound.attrs = {}
     return sound, df[bad].assign(problem=why.reindex(key[bad]).to_numpy())
