@@ -118,15 +118,16 @@ def read_image(
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise BadImage(f'{path}: cannot be read as an image ({type(e).__name__}: {e})') from None
 
-# %% ../nbs/00_core.ipynb #3de84f90
+# %% ../nbs/00_core.ipynb #924362a5
 def did_you_mean(
     name:str, # what came
     known, # the names there are
     n:int=3, # how many to offer
 )->str: # a sentence to end an error message with
-    "The known names nearest to `name`, for error messages."
-    near = difflib.get_close_matches(name, list(known), n=n, cutoff=.5)
-    return f'did you mean {", ".join(near)}?' if near else f'known: {", ".join(sorted(known)[:8])} …'
+    "The known names nearest to `name`, case apart, for error messages."
+    names = {str(k).lower(): str(k) for k in known}
+    near = [names[m] for m in difflib.get_close_matches(str(name).lower(), names, n=n, cutoff=.5)]
+    return f'did you mean {", ".join(near)}?' if near else f'known: {", ".join(sorted(names.values())[:8])}{" …" if len(names) > 8 else ""}'
 
 # %% ../nbs/00_core.ipynb #6bb72262
 def env_folder(

@@ -114,16 +114,16 @@ def _manifest(rows, names):
     df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several)
     return df.astype({'label': 'int64', 'width': 'int64', 'height': 'int64'})
 
-# %% ../../nbs/02_data.manifest.ipynb #f2b4bc2e
+# %% ../../nbs/02_data.manifest.ipynb #63ae4cbd
 def datasets_in(
     root, # folder that holds `metadata/`
-)->dict: # {dataset: [splits]}
+)->dict: # {dataset: [splits]}, train first and test last
     "The datasets that `root/metadata` describes, nested names included."
     meta = Path(root)/'metadata'
     found = {}
     for f in sorted(meta.rglob('image_ids.txt')):
         found.setdefault(f.parent.parent.relative_to(meta).as_posix(), []).append(f.parent.name)
-    return found
+    return {d: sorted(s, key=lambda s: (s != 'train', s == 'test', s)) for d, s in found.items()}
 
 def read_metadata(
     root, # folder that holds `metadata/<dataset>` and the images

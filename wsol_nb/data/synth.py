@@ -452,7 +452,7 @@ def _is_written(images, meta, config, overwrite):
     for folder in (images, meta): shutil.rmtree(folder, ignore_errors=True)
     return False
 
-# %% ../../nbs/01_data.synth.ipynb #3ce853d1
+# %% ../../nbs/01_data.synth.ipynb #3aaa459b
 def write_world(
     root, # data folder; the world goes to `root/name` and `root/metadata/name`
     world:ObjectsWorld=None, # what to draw from; None: the defaults
@@ -479,7 +479,7 @@ def write_world(
     (meta/'world.json.part').write_text(json.dumps(config, indent=1))
     _write_lines(meta/'class_names.txt', enumerate(world.class_names))
     for split, n in counts.items():
-        numbers = progress_bar(range(n), display=progress, leave=False)
+        numbers = progress_bar(range(n), leave=False) if progress else range(n)
         _write_split(images, meta, world, split, numbers, seed)
     (meta/'world.json.part').replace(meta/'world.json')
     return images
