@@ -173,7 +173,7 @@ class HeadMaps(Localizer):
         at = torch.arange(len(x), device=x.device)
         return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
 
-# %% ../nbs/12_localize.ipynb #b240f46b
+# %% ../nbs/12_localize.ipynb #92ce8fb6
 def _box_rows(b, centre):
     "Table rows (name, value, τ, centre baseline) of `BoxAcc.compute()` results."
     rows = [(f'MaxBoxAcc δ={d}', m['value'], m['tau'], centre['max_box_acc'][d]['value']) for d, m in b['max_box_acc'].items()]
@@ -182,6 +182,8 @@ def _box_rows(b, centre):
     top1 = b['top1_loc'].get(f'{c["delta"]:g}')
     rows.append((f'Top-1 localization δ={c["delta"]:g}', top1['value'], top1['tau'], None))
     rows.append((f'object inside the box, at the τ of δ={c["delta"]:g}', c['value'], c['tau'], centre['coverage']['value']))
+    half = int(np.argmin(np.abs(np.array(b['curve']['taus']) - .5)))
+    rows.append(('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], centre['curve']['coverage'][half]))
     return rows
 
 @dataclass
@@ -205,6 +207,7 @@ class Report:
     def note(self):
         "What a reader must know beside the table."
         lines = [f"{k.replace('_', ' ')}: {v}" for k, v in self.counts.items() if v]
+        if self.boxes: lines.append('each τ but the last is the best one for these images and their true boxes (oracle)')
         if not self.boxes: lines.insert(0, f"no image of split {self.protocol['split']!r} has a true box: there is nothing to localize against")
         return lines
 
@@ -212,10 +215,10 @@ class Report:
         p, cell = self.protocol, lambda v, f: format('' if v is None else format(v, f), '>10')
         head = f"{p['dataset']}/{p['split']}, {self.n} images, {p['localizer']}"
         lines = [f'{name:<44}{cell(v, ".1f")}{cell(t, ".3f")}{cell(c, ".1f")}' for name, v, t, c in self.rows()]
-        return '\n'.join([head, f'{"":<44}{"%":>10}{"oracle τ":>10}{"centre %":>10}', *lines, *self.note()])
+        return '\n'.join([head, f'{"":<44}{"%":>10}{"τ":>10}{"centre %":>10}', *lines, *self.note()])
     __repr__ = __str__
 
-# %% ../nbs/12_localize.ipynb #132f5d87
+# %% ../nbs/12_localize.ipynb #d2001c5e
 @patch
 def to_dict(self:Report):
     "Everything but the per-image table, as plain JSON types."
@@ -246,7 +249,7 @@ def _repr_html_(self:Report):
     body = ''.join(f'<tr><td style="text-align:left">{html.escape(n)}</td>{cell(v, ".1f")}{cell(t, ".3f")}{cell(c, ".1f")}</tr>' for n, v, t, c in self.rows())
     head = html.escape(str(self).split('\n')[0])
     notes = ''.join(f'<div>{html.escape(l)}</div>' for l in self.note())
-    return f'<table><caption>{head}</caption><tr><th></th><th>%</th><th>oracle τ</th><th>centre box %</th></tr>{body}</table>{notes}'
+    return f'<table><caption>{head}</caption><tr><th></th><th>%</th><th>τ</th><th>centre box %</th></tr>{body}</table>{notes}'
 
 # %% ../nbs/12_localize.ipynb #3f616a8b
 class _Scorer:

@@ -228,11 +228,12 @@ class LocalizableSplit:
             rows = np.arange(n*self.bs, n*self.bs + len(x))
             yield LocBatch(x.to(self.device), y.to(self.device), rows, [self.boxes[i] for i in rows])
 
-# %% ../../nbs/03_data.loaders.ipynb #fdc1047e
+# %% ../../nbs/03_data.loaders.ipynb #825bd159
 def _sound(df, check, skip_bad, train):
     "The manifest after its check, and the rows left out."
     if not (check or skip_bad): return df, None
-    problems = check_manifest(df, train=train, progress=len(df) > 500)
+    looked_at = df if check in (True, False) else df[df.split.isin(check)]
+    problems = check_manifest(looked_at, train=train, progress=len(looked_at) > 500)
     if not len(problems): return df, None
     if not skip_bad: raise ValueError(f'the dataset has {describe_problems(problems)}\nskip_bad=True (--skip-bad) goes on without the images that are named')
     sound, dropped = drop_bad(df, problems)
@@ -247,7 +248,7 @@ def _role(df, splits, role, needed):
     if name in have: return name
     if needed: raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
 
-# %% ../../nbs/03_data.loaders.ipynb #4f5c5991
+# %% ../../nbs/03_data.loaders.ipynb #52fb37e5
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -271,7 +272,7 @@ class WSOLDataLoaders(DataLoaders):
         num_workers:int=None, # worker processes; None: 0 on a CPU, else up to 8
         seed:int=42, # of order, crops and flips
         device=None, # None: fastai's default
-        check:bool=False, # decode every image first; faults are an error that names them all
+        check=False, # True or a list of splits: decode every image first; faults are an error that names them all
         skip_bad:bool=False, # with that check: go on without the bad images
         exif:bool=False, # turn images as their EXIF flag says
         maps:MapStore=None, # stored maps that training items carry

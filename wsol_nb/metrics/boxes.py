@@ -135,7 +135,7 @@ class BoxAcc:
         for k in ('single', 'multi', 'top1', 'coverage'): getattr(self, k).__iadd__(getattr(other, k))
         return self
 
-# %% ../../nbs/10_metrics.boxes.ipynb #32c93f49
+# %% ../../nbs/10_metrics.boxes.ipynb #5cc3198d
 def _maxima(counts, n, deltas, taus):
     "`{δ: {'value', 'tau'}}` in percent at the first best τ."
     best = counts.argmax(1)
@@ -153,7 +153,8 @@ def compute(self:BoxAcc)->dict: # percentages, τs and the curves
     return dict(n=self.n, max_box_acc=single, max_box_acc_v2=_mean(multi), max_box_acc_multi=multi, top1_loc=top1,
                 coverage=dict(value=100*int(self.coverage[at])/self.n/_UNIT, tau=float(self.taus[at]), delta=float(self.deltas[middle])),
                 tau_source='oracle', curve=dict(taus=self.taus.tolist(), deltas=self.deltas.tolist(),
-                                                single=(100*self.single/self.n).tolist(), multi=(100*self.multi/self.n).tolist()))
+                                                single=(100*self.single/self.n).tolist(), multi=(100*self.multi/self.n).tolist(),
+                                                coverage=(100*self.coverage/self.n/_UNIT).tolist()))
 
 # %% ../../nbs/10_metrics.boxes.ipynb #1265bcc3
 def centre_map(
