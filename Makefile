@@ -40,21 +40,21 @@ demo: $(VENV)/.run ## a synthetic world, a CAM classifier, a table and demo/repo
 test: check ## everything that CI runs
 
 check: $(VENV)/.dev ## notebooks and modules in sync, every notebook runs, every test passes
-	@$(TEST_ENV) $(BIN)/python tests/sync.py
+	@$(TEST_ENV) $(BIN)/python tools/sync.py
 	@$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --timing
 	@$(TEST_ENV) $(BIN)/python -m pytest -q
 
 quick: $(VENV)/.dev ## under a minute: sync, imports and the notebooks touched since HEAD
-	@$(TEST_ENV) $(BIN)/python tests/sync.py
+	@$(TEST_ENV) $(BIN)/python tools/sync.py
 	@$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_house.py
 	@for nb in $$(git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; git ls-files -o --exclude-standard -- 'nbs/*.ipynb'); do \
 	  $(TEST_ENV) $(BIN)/nbdev_test --path $$nb --do_print || exit 1; done
 
 bench: $(VENV)/.dev ## speed, as ratios against a peer in the same run
-	@$(BIN)/python tests/bench.py
+	@$(BIN)/python tools/bench.py
 
 docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks and their links are checked
-	@$(BIN)/python tests/docs.py
+	@$(BIN)/python tools/docs.py
 
 lab: $(VENV)/.dev ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs

@@ -39,7 +39,7 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #c126f302
+# %% ../nbs/92_cli.ipynb #34fbc008
 def _learner(config, out, cbs=()):
     "Loaders and learner of a run's config."
     from wsol_nb.learner import Checkpoint, loaders_from_config, method_from_dict, wsol_learner
@@ -49,19 +49,20 @@ def _learner(config, out, cbs=()):
     pretrained = {'True': True, 'False': False}.get(config['pretrained'], config['pretrained'])
     return wsol_learner(dls, config['arch'], method, pretrained=pretrained, stride=config['stride'], wd=t['wd'], path=out, cbs=[*cbs, Checkpoint(out)])
 
+_MONITORS = dict(last=None, loc='max_box_acc', cl='accuracy') # what `--select` watches
+
 def _selection(select, boxed):
     "fastai's tracker for `--select`."
     from fastai.callback.tracker import SaveModelCallback
-    monitor = dict(last=None, loc='max_box_acc', cl='accuracy')
-    if select not in monitor: raise ValueError(f'select={select!r}: expected last, loc or cl')
     if select == 'loc' and not boxed: raise ValueError("select='loc': the validation split has no boxes to select by")
-    return [SaveModelCallback(monitor=monitor[select], fname='best')] if monitor[select] else []
+    return [SaveModelCallback(monitor=_MONITORS[select], fname='best')] if _MONITORS[select] else []
 
 def _new_config(out, resume, **given):
     "The config of a new run, or of the one to resume."
     from wsol_nb.learner import method_to_dict, read_config, write_json
     if resume: return read_config(out)
-    if (Path(out)/'config.json').exists(): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
+    if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
+    if given['select'] not in _MONITORS: raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
     data = _source(given['data'], given['dataset']) | {k: given[k] for k in ('size', 'resize', 'seed', 'bs')}
     data['roles'] = dict(train='train', valid=given['valid'], test='test')
     pretrained = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}.get(str(given['pretrained']).lower(), given['pretrained'])
@@ -151,7 +152,7 @@ def wsol_eval(
     print(f'written: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #b6a890b6
+# %% ../nbs/92_cli.ipynb #7d6615ce
 def localize_photo(
     run, # a `Run`
     photo, # image file
@@ -165,7 +166,8 @@ def localize_photo(
     from wsol_nb.metrics.boxes import map_boxes
     if tau is not None and not 0 <= tau < 1: raise ValueError(f'tau={tau}: expected 0 <= tau < 1')
     source, report = 'given', run.path/'report-val.json'
-    if tau is None and report.is_file(): tau, source = Report.load(report).boxes['max_box_acc']['0.5']['tau'], 'val boxes'
+    boxes = Report.load(report).boxes if tau is None and report.is_file() else None
+    if boxes: tau, source = boxes['max_box_acc']['0.5']['tau'], 'val boxes'
     elif tau is None: tau, source = .2, 'default'
     img, loc = read_image(photo, exif=True), run.localizer()
     x = to_tensor(apply_geometry(img, run.config['data']['size']))[None].to(next(run.model.parameters()).device)
@@ -282,7 +284,7 @@ def wsol_demo(
     print(f'{table}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run PHOTO')
     return report
 
-# %% ../nbs/92_cli.ipynb #ff5d9786
+# %% ../nbs/92_cli.ipynb #95d4f13e
 COMMANDS = dict(wsol_demo=wsol_demo, wsol_train=wsol_train, wsol_eval=wsol_eval, wsol_localize=wsol_localize, wsol_data=wsol_data)
 
 def parse(
@@ -299,16 +301,11 @@ def parse(
 
 def main():
     "Entry point of the console scripts."
-    name, argv = Path(sys.argv[0]).stem, sys.argv[1:]
-    if name not in COMMANDS: # python -m wsol_nb.cli wsol_train …
-        if not argv or argv[0] not in COMMANDS: raise SystemExit(f'expected a command: {", ".join(COMMANDS)}')
-        name, *argv = argv
-    kwargs = parse(name, argv)
+    name = Path(sys.argv[0]).stem
+    kwargs = parse(name, sys.argv[1:])
     if not sys.stdout.isatty(): # in a log a bar would be a line a step
         import fastprogress.fastprogress as fp
-        fp.NO_BAR = True
+        fp.NO_BAR, fp.ConsoleProgressBar.fill = True, ''
     try: result = COMMANDS[name](**kwargs)
-    except (ValueError, TypeError, OSError) as e: raise SystemExit(f'{name}: {e}') from None
+    except (ValueError, OSError) as e: raise SystemExit(f'{name}: {e}') from None
     if name == 'wsol_data' and kwargs['command'] == 'check' and len(result): raise SystemExit(1)
-
-if __name__ == '__main__' and '__file__' in globals(): main()

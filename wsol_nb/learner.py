@@ -124,7 +124,7 @@ class LocalizationMetrics(Callback):
 
     def after_fit(self): self.run = True
 
-# %% ../nbs/22_learner.ipynb #a34d8f7c
+# %% ../nbs/22_learner.ipynb #0c65f584
 class EpochSeed(Callback):
     "Fixes data order, augmentation and torch's random state by (seed, epoch)."
     order = -30 # before anything draws
@@ -137,6 +137,8 @@ class WSOLLearner(Learner):
     "A fastai Learner that knows its method, can localize, and can start at a later epoch."
     method, arch, config, first_epoch = None, None, None, 0
     def _do_fit(self):
+        bar = getattr(getattr(self, 'progress', None), 'mbar', None)
+        if self.first_epoch and bar: bar.update(0) # fastprogress cannot start in the middle
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)

@@ -1,0 +1,195 @@
+"Bad input gets an error that names the argument, what came and what was expected."
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from wsol_nb.core import BadImage, read_image
+from wsol_nb.data.loaders import MapStore, WSOLDataLoaders
+from wsol_nb.data.manifest import check_manifest, folder_manifest, read_metadata
+from wsol_nb.data.synth import ObjectsWorld, write_world
+from wsol_nb.learner import load_run, wsol_learner
+from wsol_nb.localize import HeadMaps, evaluate
+from wsol_nb.metrics.boxes import BoxAcc, box_iou, map_boxes
+from wsol_nb.models import wsol_model
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    "A private copy of the world, and a way to edit its metadata."
+    shutil.copytree(world, tmp_path/'w')
+    def edit(split, file, change):
+        f = tmp_path/'w/metadata/SYNTH'/split/f'{file}.txt'
+        f.write_text('\n'.join(change(f.read_text().splitlines())))
+    return tmp_path/'w', edit
+
+
+def raises(message, f, *args, error=ValueError, **kwargs):
+    with pytest.raises(error) as e: f(*args, **kwargs)
+    assert message in str(e.value), f'{message!r} is not in: {e.value}'
+
+
+def test_short_row(copy):
+    root, edit = copy
+    edit('train', 'image_sizes', lambda ls: [ls[0], ls[1].rsplit(',', 1)[0], *ls[2:]])
+    raises('train/image_sizes.txt line 2: expected 3 fields, got 2', read_metadata, root, 'SYNTH')
+
+
+def test_label_missing(copy):
+    root, edit = copy
+    lost = read_metadata(root, 'SYNTH', 'val').image_id[3]
+    edit('val', 'class_labels', lambda ls: [l for l in ls if not l.startswith(lost)])
+    raises(f'no label for {lost!r}', read_metadata, root, 'SYNTH')
+
+
+def test_label_is_no_number(copy):
+    root, edit = copy
+    edit('val', 'class_labels', lambda ls: [ls[0].rsplit(',', 1)[0] + ',owl', *ls[1:]])
+    raises("val/class_labels.txt line 1: expected whole numbers, got 'owl'", read_metadata, root, 'SYNTH')
+
+
+@pytest.mark.parametrize('box, message', [('5,5,900,20', 'lies outside its image of'), ('-1,5,9,20', 'lies outside its image of'), ('50,5,9,20', 'is reversed')])
+def test_boxes(copy, box, message):
+    root, edit = copy
+    edit('test', 'localization', lambda ls: [ls[0].split(',')[0] + ',' + box, *ls[1:]])
+    df = read_metadata(root, 'SYNTH')
+    found = check_manifest(df, images=False)
+    assert len(found) == 1 and message in found.problem[0] and found.image_id[0] in found['where'][0]
+    raises(message, WSOLDataLoaders.from_manifest, df, size=64, check=True)
+
+
+def test_missing_and_truncated_images_are_named_counted_and_skipped(copy, capsys):
+    root, _ = copy
+    df = read_metadata(root, 'SYNTH')
+    train = df[df.split == 'train']
+    gone, cut = Path(train.path.iloc[0]), Path(train.path.iloc[5])
+    gone.unlink(); cut.write_bytes(cut.read_bytes()[:400])
+    raises('2 problems', WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
+    raises(cut.name, WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
+    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64, skip_bad=True)
+    assert len(dls.train_ds) == len(train) - 2 and set(dls.skipped.path) == {str(gone), str(cut)}
+    assert 'skipped 2 of' in capsys.readouterr().out
+    unchecked = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64)
+    with pytest.raises(BadImage, match=gone.name): [unchecked.train_ds[i] for i in range(len(train))]
+
+
+def test_skipped_images_stand_in_the_report(copy):
+    root, _ = copy
+    df = read_metadata(root, 'SYNTH')
+    Path(df[df.split == 'test'].path.iloc[2]).unlink()
+    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64, bs=8, skip_bad=True)
+    r = evaluate(HeadMaps(wsol_model('resnet10t', dls.c, stride=16)), dls, 'test', progress=False)
+    assert r.n == 15 and r.counts['skipped_images'] == 1 and 'skipped images: 1' in str(r)
+
+
+def test_empty_split(copy):
+    root, edit = copy
+    for f in ('image_ids', 'class_labels', 'image_sizes', 'localization', 'masks', 'parts'): edit('val', f, lambda ls: [])
+    raises("split 'val' of SYNTH is empty", read_metadata, root, 'SYNTH')
+
+
+def test_split_with_unseen_classes(copy):
+    root, edit = copy
+    edit('test', 'class_labels', lambda ls: [ls[0].rsplit(',', 1)[0] + ',77', *ls[1:]])
+    raises("split 'test' has classes [77] that are not in 'train'", WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64)
+
+
+def test_duplicate_and_unknown_ids(copy):
+    root, edit = copy
+    edit('val', 'image_ids', lambda ls: [*ls, ls[0]])
+    edit('val', 'localization', lambda ls: [*ls, 'who.jpg,1,2,3,4'])
+    raises('stands there 2 times', read_metadata, root, 'SYNTH')
+    raises("'who.jpg' is not in image_ids.txt", read_metadata, root, 'SYNTH')
+
+
+def test_test_images_in_train(world):
+    df = read_metadata(world, 'SYNTH')
+    leak = df[df.split == 'train'].head(1).assign(split='test')
+    assert 'the test would not be honest' in check_manifest(pd.concat([df, leak], ignore_index=True), images=False).problem.iloc[-1]
+
+
+def test_manifest_columns(): raises('mask, ignore missing', check_manifest, pd.DataFrame(columns=['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height', 'boxes']))
+
+
+def test_loaders(world):
+    raises("dataset='SINTH': not in", WSOLDataLoaders.from_metadata, world, 'SINTH')
+    raises("valid='dev': there is no such split", WSOLDataLoaders.from_metadata, world, 'SYNTH', size=64, valid='dev')
+    raises('expected 0 < size <= resize', WSOLDataLoaders.from_metadata, world, 'SYNTH', size=64, resize=32)
+    raises("split='tests'", WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64).localizable, 'tests')
+
+
+def test_folder(tmp_path):
+    raises('no image', folder_manifest, tmp_path)
+    Image.new('RGB', (4, 4)).save(tmp_path/'a.jpg')
+    raises('1 images in no class folder, a.jpg first', folder_manifest, tmp_path)
+    raises('expected shares with a sum below 1', folder_manifest, tmp_path, valid_pct=.7, test_pct=.4)
+
+
+def test_images(tmp_path):
+    (tmp_path/'text.jpg').write_text('no picture')
+    raises('text.jpg: cannot be read as an image', read_image, tmp_path/'text.jpg', error=BadImage)
+    raises('no such image file', read_image, tmp_path/'none.jpg', error=BadImage)
+
+
+def test_world():
+    raises('part_ratio', ObjectsWorld, part_ratio=2)
+    raises('n_classes', ObjectsWorld, n_classes=0)
+    raises('object_size', ObjectsWorld, object_size=(.9, .2))
+
+
+def test_world_is_not_overwritten(world): raises('overwrite', write_world, world, n_train=8, n_val=8, n_test=8, progress=False)
+
+
+def test_models(tmp_path):
+    raises("arch='resnet5O': timm has no such model; did you mean resnet50", wsol_model, 'resnet5O', 3)
+    torch.save(wsol_model('resnet10t', 3).body.state_dict(), tmp_path/'w.pth')
+    raises('the weights do not fit', wsol_model, 'resnet18', 3, pretrained=tmp_path/'w.pth')
+    raises('no such file', wsol_model, 'resnet10t', 3, pretrained='nowhere.pth')
+    raises('n_classes=0', wsol_model, 'resnet10t', 0)
+    class Evil:
+        def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
+    torch.save({'a': Evil()}, tmp_path/'evil.pth')
+    raises('cannot be read as a state dict', wsol_model, 'resnet10t', 3, pretrained=tmp_path/'evil.pth')
+    assert not (tmp_path/'ran').exists()
+
+
+def test_weights_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('WSOL_WEIGHTS', str(tmp_path/'none'))
+    raises('is not a folder', wsol_model, 'resnet10t', 3, pretrained=True)
+    monkeypatch.setenv('WSOL_WEIGHTS', str(tmp_path))
+    for n in 'ab': torch.save(wsol_model('resnet10t', 3).body.state_dict(), tmp_path/f'resnet10t-{n}.pth')
+    raises('several files for resnet10t', wsol_model, 'resnet10t', 3, pretrained=True)
+    (tmp_path/'resnet10t-b.pth').unlink()
+    body = torch.load(tmp_path/'resnet10t-a.pth', weights_only=True)
+    assert torch.equal(wsol_model('resnet10t', 3, pretrained=True, verbose=False).body.state_dict()['conv1.0.weight'], body['conv1.0.weight'])
+
+
+def test_targets(world):
+    loc = HeadMaps(wsol_model('resnet10t', 3))
+    raises('target: got shape (3,) for a batch of 2 images', loc, torch.rand(2, 3, 64, 64), [0, 1, 2])
+
+
+def test_maps_and_boxes(tmp_path):
+    raises('score_map: 1 of its 4 values are NaN or infinite', map_boxes, [[0, 1], [np.nan, 0]])
+    raises('expected shape (H,W), got (1, 2, 2)', map_boxes, np.zeros((1, 2, 2)))
+    raises('expected values in [0,1]', map_boxes, [[0, 255]])
+    raises('boxes: box 0 is reversed', box_iou, [[3, 3, 1, 4]], [[0, 0, 1, 1]])
+    raises('expected shape (n,4)', box_iou, [[3, 3, 1]], [[0, 0, 1, 1]])
+    raises('no image was counted', BoxAcc().compute)
+    raises('counted at other δ or τ', BoxAcc().merge, BoxAcc(deltas=[.5]))
+    (tmp_path/'a.jpg.npy').write_bytes(b'x')
+    raises('no stored map', MapStore(tmp_path).load, 'b.jpg')
+
+
+def test_learner(world, tmp_path):
+    dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64)
+    raises("expected an instance of Method", wsol_learner, dls, 'resnet10t', method='gap', error=TypeError)
+    raises('no run is saved there', load_run, tmp_path)
+    many = dls.info.manifest.assign(labels=[(0, 1)]*len(dls.info.manifest))
+    several = WSOLDataLoaders.from_manifest(many, size=64)
+    assert several.train_ds[0][1].tolist() == [1, 1]
+    raises('trains on one class an image, but these data have several', wsol_learner, several, 'resnet10t')

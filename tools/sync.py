@@ -1,0 +1,32 @@
+"""Export, clean and write README.md, then say which files that changed: the checkout must already be in sync.
+
+Usage: python tools/sync.py            (exit code 1 and the names where something changed; the files are in sync afterwards)
+"""
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import readme
+
+root = Path(__file__).resolve().parent.parent
+
+
+def state():
+    "Hash of every file that export, clean and README may write."
+    files = [*root.glob('nbs/**/*.ipynb'), *root.glob('wsol_nb/**/*.py'), root/'README.md', root/'pyproject.toml']
+    return {f.relative_to(root).as_posix(): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if '.ipynb_checkpoints' not in f.parts}
+
+
+def main():
+    before = state()
+    for command in ('nbdev_export', 'nbdev_clean'):
+        subprocess.run([str(Path(sys.executable).parent/command)], cwd=root, check=True)
+    readme.write()
+    after = state()
+    changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
+    if changed: sys.exit('not in sync (they are now; look and commit):\n  ' + '\n  '.join(changed))
+    print('notebooks, modules and README are in sync')
+
+
+if __name__ == '__main__': main()
