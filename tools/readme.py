@@ -14,9 +14,10 @@ def cell_to_md(cell):
     "One cell as markdown, or ''."
     src = ''.join(cell['source']).strip()
     if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg))\)', r'](nbs/\1)', src)
-    if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide', src): return ''
+    if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide', src, flags=re.M): return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|'))
-    text = ''.join(''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for o in cell.get('outputs', [])).strip()
+    plain = lambda o: '' if 'text/html' in o.get('data', {}) else o.get('text', o.get('data', {}).get('text/plain', ''))
+    text = ''.join(''.join(plain(o)) for o in cell.get('outputs', [])).strip()
     return f'``` python\n{code}\n```' + (f'\n\n    ' + text.replace('\n', '\n    ') if text else '')
 
 

@@ -73,7 +73,32 @@ def _new_config(out, resume, **given):
     write_json(Path(out)/'config.json', config)
     return config
 
-# %% ../nbs/92_cli.ipynb #a8dc366c
+# %% ../nbs/92_cli.ipynb #7acaec00
+def _fit(learn, train, out, resume):
+    "Train what is left of the epochs."
+    from wsol_nb.learner import resume as put_back
+    done = put_back(learn, out) if resume else 0
+    if resume: print(f'{done} of {train["epochs"]} epochs are done')
+    if done == train['epochs']:
+        if train['select'] != 'last': learn.load('best', with_opt=False)
+        return
+    try: learn.fit_one_cycle(train['epochs'], slice(train['lr'], train['lr_head']))
+    except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last finished epoch') from None
+
+def _finish(learn, train, out):
+    "Save the run and score it on its validation split."
+    from wsol_nb.learner import save_run
+    from wsol_nb.localize import evaluate
+    dls = learn.dls
+    save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)))
+    if dls.localizable('valid').n_boxed:
+        report = evaluate(learn.localizer(), dls, 'valid')
+        report.save(Path(out)/'report-val.json')
+        print(report)
+    else: print(f'split {dls.info.roles["valid"]!r} has no true boxes: there is nothing to localize against')
+    print(f'run: {out}')
+
+# %% ../nbs/92_cli.ipynb #0f040f14
 @call_parse
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
@@ -101,24 +126,11 @@ def wsol_train(
 ):
     "Train a weakly-supervised localizer from image labels."
     given = {k: v for k, v in locals().items() if k not in ('out', 'resume')}
-    from wsol_nb.learner import resume as put_back, save_run
-    from wsol_nb.localize import evaluate
     config = _new_config(out, resume, **given)
-    t = config['train']
     learn = _learner(config, out)
-    boxed = bool(learn.dls.localizable('valid').n_boxed)
-    learn.add_cbs(_selection(t['select'], boxed))
-    done = put_back(learn, out) if resume else 0
-    if resume: print(f'{done} of {t["epochs"]} epochs are done')
-    if done < t['epochs']:
-        try: learn.fit_one_cycle(t['epochs'], slice(t['lr'], t['lr_head']))
-        except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last finished epoch') from None
-    elif t['select'] != 'last': learn.load('best', with_opt=False)
-    skipped = learn.dls.skipped
-    save_run(learn, out, train=t | dict(skipped_images=0 if skipped is None else len(skipped)))
-    if boxed: print(r := evaluate(learn.localizer(), learn.dls, 'valid')); r.save(Path(out)/'report-val.json')
-    else: print(f'split {config["data"]["roles"]["valid"]!r} has no true boxes: there is nothing to localize against')
-    print(f'run: {out}')
+    learn.add_cbs(_selection(config['train']['select'], learn.dls.localizable('valid').n_boxed))
+    _fit(learn, config['train'], out, resume)
+    _finish(learn, config['train'], out)
     return learn
 
 # %% ../nbs/92_cli.ipynb #2e287494
@@ -152,7 +164,7 @@ def wsol_eval(
     print(f'written: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #7d6615ce
+# %% ../nbs/92_cli.ipynb #a823a08e
 def localize_photo(
     run, # a `Run`
     photo, # image file
@@ -197,7 +209,7 @@ def wsol_localize(
     for photo in [photos] if isinstance(photos, (str, Path)) else photos:
         f = localize_photo(r, photo, tau)
         target = Path(out)/f'{Path(photo).stem}-overlay.jpg'
-        Image.fromarray(draw_boxes(overlay(f.pop('image'), f.pop('score_map'), .4), f['box'][None], BLUE)).save(target, quality=92)
+        Image.fromarray(draw_boxes(overlay(f.pop('image'), f.pop('score_map')), f['box'][None], BLUE)).save(target, quality=92)
         x0, y0, x1, y1 = f['box'].tolist()
         print(f"{photo}: {f['class_name']}, probability {f['prob']:.2f}, box x {x0}–{x1}, y {y0}–{y1} (τ {f['tau']:.3f}, {f['tau_source']}) → {target}")
         found.append(f)

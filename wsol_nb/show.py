@@ -21,7 +21,7 @@ from .core import check_boxes, check_score_map
 from .localize import Report, reference_score_map
 from .metrics.boxes import level_boxes
 
-# %% ../nbs/13_show.ipynb #5a96806d
+# %% ../nbs/13_show.ipynb #64ccc2c8
 GREEN, BLUE = (60, 220, 60), (50, 120, 255)
 
 def to_rgb(
@@ -38,15 +38,16 @@ def to_rgb(
 def overlay(
     image, # as for `to_rgb`
     score_map, # (h,w) in [0,1]; resized to the image where it is smaller
-    alpha:float=.5, # weight of the map's colours, 0 to 1
+    alpha:float=.6, # weight of the map's colours at its peak, 0 to 1; it fades with the map
     cmap:str='turbo', # matplotlib colour map
 )->np.ndarray: # (H,W,3) uint8
-    "The image with the score map laid over it in colour."
+    "The image with the score map laid over it in colour; where the map is low the picture stays."
     if not 0 <= alpha <= 1: raise ValueError(f'alpha={alpha}: expected 0 to 1')
     rgb, s = to_rgb(image), check_score_map(score_map.detach().cpu() if isinstance(score_map, torch.Tensor) else score_map)
     if s.shape != rgb.shape[:2]: s = cv2.resize(s, rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     heat = matplotlib.colormaps[cmap](s)[..., :3]*255
-    return ((1 - alpha)*rgb + alpha*heat).round().astype(np.uint8)
+    weight = alpha*np.sqrt(s)[..., None]
+    return ((1 - weight)*rgb + weight*heat).round().astype(np.uint8)
 
 def draw_boxes(
     image, # as for `to_rgb`
@@ -60,7 +61,7 @@ def draw_boxes(
     for x0, y0, x1, y1 in check_boxes(boxes).tolist(): cv2.rectangle(rgb, (x0, y0), (x1, y1), color, width)
     return rgb
 
-# %% ../nbs/13_show.ipynb #8ce3d46d
+# %% ../nbs/13_show.ipynb #57c9f0a1
 @dataclass
 class Example:
     "One image and what was found in it, on the evaluation grid."
@@ -70,11 +71,12 @@ class Example:
     box: np.ndarray # (4,) predicted at the report's τ, or None
     title: str
 
-    def panel(self, alpha=.45):
+    def panel(self, alpha=.6):
         "The overlay with both boxes."
         rgb = draw_boxes(overlay(self.image, self.score_map, alpha), self.true_boxes)
         return rgb if self.box is None else draw_boxes(rgb, self.box[None], BLUE)
 
+# %% ../nbs/13_show.ipynb #4100e96d
 def examples(
     localizer, # the one that was evaluated
     dls, # `WSOLDataLoaders`
@@ -130,14 +132,14 @@ def plot_curve(
     ax.legend(fontsize=8, frameon=False)
     return ax
 
-# %% ../nbs/13_show.ipynb #cfa22ede
+# %% ../nbs/13_show.ipynb #cec5b47a
 def figure_uri(
     fig, # matplotlib figure; closed afterwards
     dpi:int=80, # of the JPEG
 )->str:
     "A figure as a data URI."
     buf = io.BytesIO()
-    fig.savefig(buf, format='jpeg', dpi=dpi, pil_kwargs=dict(quality=85))
+    fig.savefig(buf, format='jpeg', dpi=dpi, bbox_inches='tight', pil_kwargs=dict(quality=85))
     plt.close(fig)
     return 'data:image/jpeg;base64,' + base64.b64encode(buf.getvalue()).decode()
 
@@ -161,6 +163,7 @@ def write_html(
     path.write_text(page, encoding='utf-8')
     return path
 
+# %% ../nbs/13_show.ipynb #d916af25
 def write_report(
     path, # of the page, report.html
     report:Report, # from `evaluate`
