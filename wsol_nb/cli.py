@@ -164,7 +164,7 @@ def wsol_eval(
     print(f'written: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #a823a08e
+# %% ../nbs/92_cli.ipynb #047e1106
 def localize_photo(
     run, # a `Run`
     photo, # image file
@@ -193,6 +193,7 @@ def localize_photo(
     box = np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
     return dict(photo=str(photo), class_name=run.config['class_names'][int(c)], prob=float(prob), box=box, tau=tau, tau_source=source, image=img, score_map=s)
 
+# %% ../nbs/92_cli.ipynb #49a5dfe0
 @call_parse
 def wsol_localize(
     run:str, # run folder
