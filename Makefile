@@ -57,7 +57,7 @@ docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks
 	@$(BIN)/python tools/docs.py
 
 lab: $(VENV)/.dev ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab --notebook-dir nbs
+	@$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 clean: ## remove what is made at run time, .venv excepted
 	@rm -rf demo runs _docs _proc build dist .pytest_cache *.egg-info

@@ -23,11 +23,16 @@ def sidebar(contents):
         elif isinstance(c, dict): yield from sidebar(c.get('contents', []))
 
 
+def notebooks():
+    "The notebooks of the site, relative to nbs/."
+    paths = (p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb'))
+    return {p.as_posix() for p in paths if not any(part.startswith(('.', '_')) for part in p.parts)}
+
+
 def check_sidebar():
     "What is wrong with the sidebar."
     named = list(sidebar(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']))
-    there = {p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').rglob('*.ipynb')
-             if not any(part.startswith(('.', '_')) for part in p.relative_to(root/'nbs').parts)}
+    there = notebooks()
     yield from (f'{n} is not in the sidebar of _quarto.yml' for n in sorted(there - set(named)))
     yield from (f'the sidebar names {n}, which does not exist' for n in sorted(set(named) - there))
     yield from (f'the sidebar names {n} twice' for n in sorted({n for n in named if named.count(n) > 1}))
@@ -42,19 +47,30 @@ def check_links():
                 if not re.match(r'[a-z]+:', link) and not (nb.parent/link).exists(): yield f'{nb.name} cell {i}: {link} leads nowhere'
 
 
+def process():
+    "What nbdev does to the notebooks before quarto, into _proc. (Its own command would try to install quarto as root.)"
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    os.chdir(root)
+    refresh_quarto_yml()
+    proc_nbs(force=True)
+
+
 def main():
     faults = [*check_sidebar(), *check_links()]
     if faults: sys.exit('\n'.join(faults))
-    if shutil.which('quarto'):
-        run = subprocess.run([str(Path(sys.executable).parent/'nbdev_docs')], cwd=root, capture_output=True, text=True)
-        print(run.stdout + run.stderr)
-        if run.returncode or re.search(r'WARN.*(resolve|link)', run.stdout + run.stderr, flags=re.I): sys.exit('the site has unresolved links, or was not built')
-        return
-    from nbdev.quarto import nbdev_proc_nbs
-    os.chdir(root)
-    nbdev_proc_nbs()
-    made = sorted(p.name for p in (root/'_proc').rglob('*.ipynb'))
+    quarto = shutil.which('quarto')
+    command = [Path(sys.executable).parent/'nbdev_docs'] if quarto else [sys.executable, __file__, '--process']
+    run = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+    said = run.stdout + run.stderr
+    if quarto: print(said)
+    bad = re.search(r'WARN.*(resolve|link)', said, flags=re.I) if quarto else re.search(r'Found cells? containing imports and other code[^\n]*\n[^\n]*', said)
+    if run.returncode or bad: sys.exit(said[-3000:] + (f'\n{bad[0]}' if bad else ''))
+    if quarto: return
+    made = {p.relative_to(root/'_proc').as_posix() for p in (root/'_proc').rglob('*.ipynb')}
+    missing = {n for n in notebooks() if n not in made}
+    if missing: sys.exit(f'not processed: {", ".join(sorted(missing))}')
     print(f'quarto is not installed, so no HTML was made; {len(made)} notebooks processed into _proc, every one in the sidebar, no link leads nowhere')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': process() if '--process' in sys.argv else main()

@@ -24,7 +24,8 @@ def cell_to_md(cell):
 def render():
     cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
     head = '<!-- made from nbs/index.ipynb by tools/readme.py: edit the notebook -->'
-    return '\n\n'.join([head, *filter(None, map(cell_to_md, cells))]) + '\n'
+    text = '\n\n'.join([head, *filter(None, map(cell_to_md, cells))]) + '\n'
+    return text.replace('\n```\n\n``` python\n', '\n\n') # code cells in a row are one block
 
 
 def write(): (root/'README.md').write_text(render(), encoding='utf-8')
