@@ -59,5 +59,5 @@ docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks
 lab: $(VENV)/.dev ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-clean: ## remove what is made at run time, .venv excepted
-	@rm -rf demo runs _docs _proc build dist .pytest_cache *.egg-info
+clean: ## remove what make made, .venv and your runs excepted
+	@rm -rf demo _docs _proc build dist .pytest_cache *.egg-info

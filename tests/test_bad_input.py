@@ -112,6 +112,36 @@ def test_test_images_in_train(world):
     assert 'the test would not be honest' in check_manifest(pd.concat([df, leak], ignore_index=True), images=False).problem.iloc[-1]
 
 
+def test_boxes_without_sizes(copy):
+    root, edit = copy
+    edit('test', 'image_sizes', lambda ls: [])
+    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64)
+    raises('the size of its original image is not known', dls.localizable, 'test')
+    raises('the size of the original image is not known', WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
+
+
+def test_swapped_sizes(copy):
+    root, edit = copy
+    edit('test', 'image_sizes', lambda ls: [','.join([p, '5000', '900']) for p, _, _ in (l.split(',') for l in ls)])
+    assert check_manifest(read_metadata(root, 'SYNTH')).problem.str.contains('has another shape').sum() == 16
+
+
+def test_folder_with_odd_splits(tmp_path):
+    for d in ('Train/a', 'Test/a', 'extra/a'):
+        (tmp_path/d).mkdir(parents=True); Image.new('RGB', (4, 4)).save(tmp_path/d/'1.jpg')
+    raises('Test, Train look like splits, but what is extra beside them?', folder_manifest, tmp_path)
+    shutil.rmtree(tmp_path/'extra')
+    assert sorted(folder_manifest(tmp_path).split) == ['test', 'train']
+
+
+def test_a_new_image_moves_no_other(tmp_path):
+    (tmp_path/'owl').mkdir()
+    for i in range(40): Image.new('RGB', (4, 4)).save(tmp_path/f'owl/{i}.png')
+    before = folder_manifest(tmp_path).set_index('image_id').split
+    Image.new('RGB', (4, 4)).save(tmp_path/'owl/new.png')
+    assert (folder_manifest(tmp_path).set_index('image_id').split[before.index] == before).all()
+
+
 def test_manifest_columns(): raises('mask, ignore missing', check_manifest, pd.DataFrame(columns=['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height', 'boxes']))
 
 

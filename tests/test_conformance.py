@@ -187,6 +187,17 @@ def test_nan_map_becomes_zeros(pair):
 
 
 @one_net
+def test_constant_map_becomes_zeros(pair):
+    "A head that says the same everywhere finds nothing, whatever rounding the resize adds."
+    model = net(pair[1])
+    with torch.no_grad():
+        for p in model.head.parameters(): p.fill_(0)
+        model.head.classifier.bias.fill_(.1)
+    l = LOCALIZERS[pair[0]](model)
+    assert l.raw(images(), 1).unique().numel() == 1 and not l(images(), 1).any()
+
+
+@one_net
 def test_wrapped_models(pair):
     "DataParallel and compiled models are looked through."
     plain = net(pair[1])
@@ -203,6 +214,17 @@ def test_many_in_a_loop_leave_nothing(pair):
     before = state_of(model)[2]
     for _ in range(5): LOCALIZERS[pair[0]](model)(images(n=1))
     assert state_of(model)[2] == before
+
+
+@pytest.mark.parametrize('arch', ['hrnet_w18_small', 'inception_v3', 'densenet121'])
+def test_nets_with_containers_and_valid_padding(arch):
+    "Nets whose parts are iterated instead of called, or shrink by more than their stride."
+    model = net_of(arch)
+    maps = HeadMaps(model)(images(160, 128, 1), 1)
+    assert model.stride == 32 and maps.shape == (1, 160, 128) and maps.any()
+
+
+def net_of(arch): torch.manual_seed(1); return wsol_model(arch, 5, verbose=False)
 
 
 def test_base_says_what_to_override():

@@ -45,6 +45,8 @@ def check_links():
             if c['cell_type'] != 'markdown': continue
             for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', ''.join(c['source'])):
                 if not re.match(r'[a-z]+:', link) and not (nb.parent/link).exists(): yield f'{nb.name} cell {i}: {link} leads nowhere'
+    for link in re.findall(r'\]\(([^)#\s]+)\)', (root/'README.md').read_text(encoding='utf-8')):
+        if not re.match(r'[a-z]+:', link) and not (root/link).exists(): yield f'README.md: {link} leads nowhere'
 
 
 def process():

@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parent.parent
 def cell_to_md(cell):
     "One cell as markdown, or ''."
     src = ''.join(cell['source']).strip()
-    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg))\)', r'](nbs/\1)', src)
+    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg|ipynb))\)', r'](nbs/\1)', src)
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide', src, flags=re.M): return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|'))
     plain = lambda o: '' if 'text/html' in o.get('data', {}) else o.get('text', o.get('data', {}).get('text/plain', ''))

@@ -39,7 +39,7 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #34fbc008
+# %% ../nbs/92_cli.ipynb #0504e28c
 def _learner(config, out, cbs=()):
     "Loaders and learner of a run's config."
     from wsol_nb.learner import Checkpoint, loaders_from_config, method_from_dict, wsol_learner
@@ -62,6 +62,7 @@ def _new_config(out, resume, **given):
     from wsol_nb.learner import method_to_dict, read_config, write_json
     if resume: return read_config(out)
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
+    if given['epochs'] < 1: raise ValueError(f"epochs={given['epochs']}: expected at least 1")
     if given['select'] not in _MONITORS: raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
     data = _source(given['data'], given['dataset']) | {k: given[k] for k in ('size', 'resize', 'seed', 'bs')}
     data['roles'] = dict(train='train', valid=given['valid'], test='test')
@@ -73,12 +74,16 @@ def _new_config(out, resume, **given):
     write_json(Path(out)/'config.json', config)
     return config
 
-# %% ../nbs/92_cli.ipynb #7acaec00
+# %% ../nbs/92_cli.ipynb #754ea72d
+def _tau(report):
+    "What config.json keeps for new photos: the τ of MaxBoxAcc at δ .5, and whose boxes it came from."
+    return dict(value=report.boxes['max_box_acc']['0.5']['tau'], source=f"{report.protocol['split']} boxes")
+
 def _fit(learn, train, out, resume):
     "Train what is left of the epochs."
     from wsol_nb.learner import resume as put_back
     done = put_back(learn, out) if resume else 0
-    if resume: print(f'{done} of {train["epochs"]} epochs are done')
+    if resume: print(f'{done} of {train["epochs"]} epochs are done; the settings are those of {out}/config.json')
     if done == train['epochs']:
         if train['select'] != 'last': learn.load('best', with_opt=False)
         return
@@ -89,13 +94,15 @@ def _finish(learn, train, out):
     "Save the run and score it on its validation split."
     from wsol_nb.learner import save_run
     from wsol_nb.localize import evaluate
-    dls = learn.dls
-    save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)))
+    dls, more = learn.dls, {}
+    split = dls.info.roles['valid']
     if dls.localizable('valid').n_boxed:
         report = evaluate(learn.localizer(), dls, 'valid')
-        report.save(Path(out)/'report-val.json')
+        report.save(Path(out)/f'report-{split}.json')
+        more['tau'] = _tau(report)
         print(report)
-    else: print(f'split {dls.info.roles["valid"]!r} has no true boxes: there is nothing to localize against')
+    else: print(f'split {split!r} has no true boxes: there is nothing to localize against')
+    save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)), **more)
     print(f'run: {out}')
 
 # %% ../nbs/92_cli.ipynb #0f040f14
@@ -133,7 +140,7 @@ def wsol_train(
     _finish(learn, config['train'], out)
     return learn
 
-# %% ../nbs/92_cli.ipynb #2e287494
+# %% ../nbs/92_cli.ipynb #2367aafe
 @call_parse
 def wsol_eval(
     run:str, # run folder
@@ -153,7 +160,7 @@ def wsol_eval(
     r = load_run(run, 'cuda' if torch.cuda.is_available() else 'cpu')
     role = r.config['data']['roles'].get(split, split) or split
     dls = r.dls(check=[role], skip_bad=skip_bad, num_workers=workers, bs=bs, **({'root': data} if data else {}))
-    if dls.class_ids.tolist() != r.config['class_ids']: raise ValueError(f"data: its {dls.c} training classes are not the {len(r.config['class_ids'])} of the run")
+    if (dls.class_ids.tolist(), dls.vocab) != (r.config['class_ids'], r.config['class_names']): raise ValueError(f"data: its {dls.c} training classes ({dls.vocab[0]}, …) are not the {len(r.config['class_ids'])} of the run ({r.config['class_names'][0]}, …)")
     localizer = r.localizer()
     report = evaluate(localizer, dls, split, preset)
     out = Path(out or run)
@@ -164,23 +171,21 @@ def wsol_eval(
     print(f'written: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #047e1106
+# %% ../nbs/92_cli.ipynb #fec1cd3e
 def localize_photo(
     run, # a `Run`
     photo, # image file
-    tau:float=None, # map threshold; None: that of the run's report-val.json, else .2
-)->dict: # photo, class_name, prob, box (in the photo's pixels), tau, tau_source, image, score_map
+    tau:float=None, # map threshold; None: that of the run's validation boxes, else .2
+)->dict: # photo, class_name, prob, box (in the photo's pixels; None where the map says nothing), tau, tau_source, image, score_map
     "Class, probability and tight box of a photo, in its own pixels."
     import numpy as np, torch
     from wsol_nb.core import read_image
     from wsol_nb.data.loaders import apply_geometry, to_tensor
-    from wsol_nb.localize import Report, to_score_maps
+    from wsol_nb.localize import to_score_maps
     from wsol_nb.metrics.boxes import map_boxes
     if tau is not None and not 0 <= tau < 1: raise ValueError(f'tau={tau}: expected 0 <= tau < 1')
-    source, report = 'given', run.path/'report-val.json'
-    boxes = Report.load(report).boxes if tau is None and report.is_file() else None
-    if boxes: tau, source = boxes['max_box_acc']['0.5']['tau'], 'val boxes'
-    elif tau is None: tau, source = .2, 'default'
+    kept = run.config.get('tau', dict(value=.2, source='default'))
+    tau, source = (kept['value'], kept['source']) if tau is None else (tau, 'given')
     img, loc = read_image(photo, exif=True), run.localizer()
     x = to_tensor(apply_geometry(img, run.config['data']['size']))[None].to(next(run.model.parameters()).device)
     raw = loc.raw(x)
@@ -190,10 +195,10 @@ def localize_photo(
     s = to_score_maps(raw, (h, w), loc.preset)[0].cpu().numpy()
     x0, y0, x1, y1 = map_boxes(s, [tau], tight=True)[0][0]
     fx, fy = img.width/w, img.height/h
-    box = np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
+    box = None if not s.any() else np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
     return dict(photo=str(photo), class_name=run.config['class_names'][int(c)], prob=float(prob), box=box, tau=tau, tau_source=source, image=img, score_map=s)
 
-# %% ../nbs/92_cli.ipynb #49a5dfe0
+# %% ../nbs/92_cli.ipynb #e02791d4
 @call_parse
 def wsol_localize(
     run:str, # run folder
@@ -209,10 +214,12 @@ def wsol_localize(
     Path(out).mkdir(parents=True, exist_ok=True)
     for photo in [photos] if isinstance(photos, (str, Path)) else photos:
         f = localize_photo(r, photo, tau)
-        target = Path(out)/f'{Path(photo).stem}-overlay.jpg'
-        Image.fromarray(draw_boxes(overlay(f.pop('image'), f.pop('score_map')), f['box'][None], BLUE)).save(target, quality=92)
-        x0, y0, x1, y1 = f['box'].tolist()
-        print(f"{photo}: {f['class_name']}, probability {f['prob']:.2f}, box x {x0}–{x1}, y {y0}–{y1} (τ {f['tau']:.3f}, {f['tau_source']}) → {target}")
+        shown, box = overlay(f.pop('image'), f.pop('score_map')), f['box']
+        names = [f'{Path(photo).stem}-overlay{n}.jpg' for n in ('', *(f'-{k}' for k in range(2, len(found) + 2)))]
+        f['overlay'] = str(Path(out)/next(n for n in names if str(Path(out)/n) not in {o['overlay'] for o in found}))
+        Image.fromarray(shown if box is None else draw_boxes(shown, box[None], BLUE)).save(f['overlay'], quality=92)
+        where = 'no object found' if box is None else 'box x {}–{}, y {}–{}'.format(*box[[0, 2, 1, 3]])
+        print(f"{photo}: {f['class_name']}, probability {f['prob']:.2f}, {where} (τ {f['tau']:.3f}, {f['tau_source']}) → {f['overlay']}")
         found.append(f)
     return found
 
@@ -261,7 +268,7 @@ def _demo_table(trained, untrained):
     for n, v, t, c in trained.rows(): lines.append(f'{n:<44}{cell(v)}{cell(t, ".3f")}{cell(before.get(n))}{cell(c)}')
     return '\n'.join(lines)
 
-# %% ../nbs/92_cli.ipynb #998bced1
+# %% ../nbs/92_cli.ipynb #ef045933
 @call_parse
 def wsol_demo(
     out:str='demo', # folder for the world, the run and the reports
@@ -277,7 +284,7 @@ def wsol_demo(
     from wsol_nb.localize import evaluate
     from wsol_nb.show import write_report
     start, d = time.time(), DEMO | ({'epochs': epochs} if epochs else {})
-    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v}
+    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
     dls = WSOLDataLoaders.from_synth(Path(out)/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
     print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes')
     learn = wsol_learner(dls, d['arch'], stride=d['stride'], opt_func=adamw, wd=.05, localization=False, path=out)
@@ -285,11 +292,13 @@ def wsol_demo(
     learn.fit_one_cycle(d['epochs'], d['lr'])
     localizer = learn.localizer()
     report = evaluate(localizer, dls, 'test', progress=False)
-    evaluate(localizer, dls, 'valid', progress=False).save(Path(out)/'run/report-val.json')
-    save_run(learn, Path(out)/'run')
+    val = evaluate(localizer, dls, 'valid', progress=False)
+    val.save(Path(out)/'run/report-val.json')
+    save_run(learn, Path(out)/'run', tau=_tau(val))
     report.save(Path(out)/'report.json'); untrained.save(Path(out)/'report-untrained.json')
     m, (_, half, *_) = report.boxes['max_box_acc'], report.rows()[-1]
-    lesson = (f"Trained on labels alone, CAM finds the objects, but it looks at the small part that tells the classes apart: where its map is above half its maximum, "
+    learnt = m['0.3']['value'] > report.centre['max_box_acc']['0.3']['value'] + 10 and half < 60
+    lesson = 'Too little training for the lesson: CAM is not yet well above the centre box with a map on a part of the object.' if not learnt else (f"Trained on labels alone, CAM finds the objects, but it looks at the small part that tells the classes apart: where its map is above half its maximum, "
               f"the box holds {half:.0f} % of the object, and even the best τ for IoU ≥ .5 leaves {100 - report.boxes['coverage']['value']:.0f} % of it outside. "
               f"So MaxBoxAcc falls from {m['0.3']['value']:.0f} at δ .3 to {m['0.7']['value']:.0f} at δ .7.")
     table = _demo_table(report, untrained)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sgd', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_method', 'method_from_dict', 'LocalizationMetrics',
-           'EpochSeed', 'WSOLLearner', 'accuracy', 'wsol_learner', 'hardware', 'write_json', 'run_config', 'Run',
-           'save_run', 'history', 'read_config', 'load_run', 'loaders_from_config', 'Checkpoint', 'resume',
+           'EpochSeed', 'EpochLog', 'WSOLLearner', 'accuracy', 'wsol_learner', 'hardware', 'write_json', 'run_config',
+           'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config', 'Checkpoint', 'resume',
            'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #44c77a0c
+# %% ../nbs/22_learner.ipynb #288cff70
 import importlib, json, math, os, platform, subprocess
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,16 +23,18 @@ from torch import nn
 import wsol_nb
 from .core import did_you_mean, set_seed
 from .data.loaders import WSOLDataLoaders
-from .localize import HeadMaps, evaluate
+from .localize import HeadMaps, evaluate, unwrap
 from .models import WSOLModel, make_body, wsol_model
 from .pooling import GAPHead
 from .show import contact_sheet, examples, plot_curve
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback import progress, schedule # the bar; fit_one_cycle, fine_tune, lr_find
 from fastai.learner import AvgMetric, Learner, Recorder, ValueMetric
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #156f2190
+# %% ../nbs/22_learner.ipynb #d01df548
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
@@ -47,8 +49,8 @@ class Method:
         return wsol_model(arch, n_classes, head=self.head(), **kw)
 
     def loss(self):
-        "The loss of (logits, labels)."
-        return nn.CrossEntropyLoss()
+        "The loss of (logits, labels); fastai's knows how to turn logits into probabilities and classes."
+        return CrossEntropyLossFlat()
 
     def callbacks(self)->list:
         "What fastai callbacks training needs."
@@ -72,11 +74,15 @@ class Method:
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
 
-# %% ../nbs/22_learner.ipynb #3d7aaf65
+# %% ../nbs/22_learner.ipynb #b3ab1ba7
 def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
-    "A method as plain JSON types."
+    "A method as plain JSON types; TypeError where it would not come back from them."
+    strange = set(vars(type(method)).get('__annotations__', {})) - {f.name for f in fields(method)}
+    if strange: raise TypeError(f'method: {type(method).__name__} declares {", ".join(sorted(strange))} but is no @dataclass, so they would be lost')
+    try: json.dumps(asdict(method))
+    except TypeError as e: raise TypeError(f'method: the fields of {type(method).__name__} must be numbers, strings, lists or None, to be saved by name ({e})') from None
     return dict(name=type(method).__name__, module=type(method).__module__, params=asdict(method))
 
 def find_method(
@@ -96,7 +102,7 @@ def method_from_dict(
     if d['module'].startswith('wsol_nb.'): importlib.import_module(d['module'])
     return find_method(d['name'])(**d['params'])
 
-# %% ../nbs/22_learner.ipynb #be374c51
+# %% ../nbs/22_learner.ipynb #5ea729e9
 class LocalizationMetrics(Callback):
     "Adds localization on the validation split to fastai's log, as columns that trackers can monitor."
     order = Recorder.order - 1 # its columns must be there when the Recorder names them, its values when it reads them
@@ -117,25 +123,45 @@ class LocalizationMetrics(Callback):
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.columns] + own
 
     def after_validate(self):
-        if not self.values or not hasattr(self.learn, 'n_epoch'): return
-        if (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
+        if not self.values: return
+        if self.dl is not self.dls.valid: self.values.update(dict.fromkeys(self.columns, math.nan)); return
+        if self.learn.in_fit and (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
         r = evaluate(self.learn.localizer(), self.dls, self.split, progress=False)
         self.values.update(zip(self.columns, (r.boxes['max_box_acc']['0.5']['value'], r.boxes['max_box_acc_v2'], r.boxes['top1_loc']['0.5']['value'])))
 
     def after_fit(self): self.run = True
 
-# %% ../nbs/22_learner.ipynb #0c65f584
+# %% ../nbs/22_learner.ipynb #8a70e0cf
 class EpochSeed(Callback):
-    "Fixes data order, augmentation and torch's random state by (seed, epoch)."
+    "Fixes data order, augmentation and torch's random state by (seed, epoch), in training."
     order = -30 # before anything draws
     def __init__(self, seed): self.seed = seed
     def before_epoch(self):
+        if not self.learn.in_fit: return
         torch.manual_seed(self.seed*100_003 + self.epoch)
-        if hasattr(self.dls.train, 'set_epoch'): self.dls.train.set_epoch(self.epoch)
+        dl = self.dls.train
+        getattr(dl, 'dl', dl).set_epoch(self.epoch) # a distributed loader wraps ours
 
+class EpochLog(Callback):
+    "Keeps a row for each trained epoch in `learn.rows`, through several fits; validating or predicting adds none."
+    order = Recorder.order + 1
+    def after_epoch(self):
+        if not self.learn.in_fit or hasattr(self.learn, 'lr_finder'): return
+        names, values = self.recorder.metric_names[1:-1], self.recorder.values[-1]
+        self.learn.rows.append(dict(epoch=len(self.learn.rows)) | dict(zip(names, values)))
+
+# %% ../nbs/22_learner.ipynb #300d2469
 class WSOLLearner(Learner):
     "A fastai Learner that knows its method, can localize, and can start at a later epoch."
-    method, arch, config, first_epoch = None, None, None, 0
+    method, arch, config, first_epoch, in_fit, rows = None, None, None, 0, False, None
+    def fit(self, n_epoch, *args, **kwargs):
+        "fastai's `fit`, from `first_epoch` on where `resume` has set it."
+        if self.first_epoch >= n_epoch: raise ValueError(f'n_epoch={n_epoch}: expected more than the {self.first_epoch} epochs that are done')
+        try:
+            self.in_fit = True
+            super().fit(n_epoch, *args, **kwargs)
+        finally: self.in_fit, self.first_epoch = False, 0
+
     def _do_fit(self):
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
         if self.first_epoch and bar: bar.update(0) # fastprogress cannot start in the middle
@@ -157,7 +183,7 @@ def accuracy(
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-# %% ../nbs/22_learner.ipynb #93056f81
+# %% ../nbs/22_learner.ipynb #eef7cf15
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str, # a timm CNN
@@ -176,14 +202,15 @@ def wsol_learner(
     method = method or GAP()
     if isinstance(method, type) or not isinstance(method, Method): raise TypeError(f'method: expected an instance of Method such as GAP(), got {method!r}')
     if dls.info.multi_label and not method.multi_label: raise ValueError(f'method={type(method).__name__}: trains on one class an image, but these data have several')
+    config = method_to_dict(method)
     set_seed(dls.info.seed)
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
-    added = [EpochSeed(dls.info.seed)] + ([LocalizationMetrics()] if localization else []) + method.callbacks()
+    added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization else []) + method.callbacks()
     acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]
     learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + list(metrics or []),
                         cbs=added + list(cbs or []), path=path, model_dir='.')
-    learn.method, learn.arch = method, arch
-    learn.config = dict(arch=arch, stride=stride, pretrained=str(pretrained), method=method_to_dict(method))
+    learn.method, learn.arch, learn.rows = method, arch, []
+    learn.config = dict(arch=arch, stride=stride, pretrained=str(pretrained), method=config)
     return learn
 
 # %% ../nbs/22_learner.ipynb #10ea9b4e
@@ -217,7 +244,7 @@ def run_config(
     return dict(schema=1, **learn.config, class_ids=i.class_ids.tolist(), class_names=i.class_names, data=data,
                 versions=_versions(), hardware=hardware()) | more
 
-# %% ../nbs/22_learner.ipynb #3d18deaa
+# %% ../nbs/22_learner.ipynb #6b8a3a01
 @dataclass
 class Run:
     "A saved run: model, config, and how to localize with it."
@@ -235,23 +262,23 @@ class Run:
 def save_run(
     learn:WSOLLearner,
     path, # folder
-    **more # further entries of config.json
+    **more # further entries of config.json, e.g. the τ found on validation boxes
 )->Path:
     "Save weights, config and history of a learner."
     from safetensors.torch import save_file
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    model = getattr(learn.model, '_orig_mod', learn.model)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path/'model.safetensors')
+    save_file({k: v.detach().cpu().contiguous() for k, v in unwrap(learn.model).state_dict().items()}, path/'model.part')
+    os.replace(path/'model.part', path/'model.safetensors')
     write_json(path/'config.json', run_config(learn, **more))
-    if len(learn.recorder.values) and not (path/'history.csv').is_file(): history(learn).to_csv(path/'history.csv', index=False)
+    write_history(learn, path)
     return path
 
-def history(learn, start=0)->pd.DataFrame: # a row an epoch
-    "fastai's log as a table."
-    df = pd.DataFrame(list(map(list, learn.recorder.values)), columns=list(learn.recorder.metric_names[1:-1]))
-    df.insert(0, 'epoch', range(start, start + len(df)))
-    return df
+def write_history(learn, path):
+    "`learn.rows` as history.csv, whole or not at all."
+    if not learn.rows: return
+    pd.DataFrame(learn.rows).to_csv(Path(path)/'history.part', index=False)
+    os.replace(Path(path)/'history.part', Path(path)/'history.csv')
 
 # %% ../nbs/22_learner.ipynb #c5b500b5
 def read_config(
@@ -288,34 +315,33 @@ def loaders_from_config(
     if kind == 'folder': return WSOLDataLoaders.from_folder(d.pop('root'), **d, **roles)
     raise ValueError('data: the run was trained on a manifest made in Python; pass its loaders yourself')
 
-# %% ../nbs/22_learner.ipynb #fe2589bb
+# %% ../nbs/22_learner.ipynb #3258924f
 def _plain(o):
-    "Nested optimizer state with python numbers instead of numpy's, so that it loads without unpickling."
+    "Nested state with plain tensors and python numbers, so that it loads without unpickling."
     if isinstance(o, dict): return {k: _plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
+    if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor) # not fastai's own tensor type
     return o.item() if isinstance(o, np.generic) else o
 
 def _trackers(learn): return [cb for cb in learn.cbs if hasattr(cb, 'monitor') and hasattr(cb, 'best')]
 
-# %% ../nbs/22_learner.ipynb #2a0a2746
+# %% ../nbs/22_learner.ipynb #6c745a4b
 class Checkpoint(Callback):
     "Writes `checkpoint.pt` and `history.csv` to a run folder after each finished epoch."
     order = 70 # after the trackers
     def __init__(self,
         path, # run folder
-    ): self.path, self.past, self.smooth = Path(path), None, None
+    ): self.path, self.smooth = Path(path), None
 
     def before_fit(self):
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.smooth: self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = self.smooth
+        if self.learn.first_epoch: self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = self.smooth
 
     def after_epoch(self):
-        if not len(self.recorder.values) or not len(self.recorder.values[-1]): return
-        rows = history(self.learn, self.learn.first_epoch)
-        if self.past is not None: rows = pd.concat([self.past, rows])
-        rows.to_csv(self.path/'history.csv', index=False)
-        state = dict(model=self.learn.model.state_dict(), opt=_plain(self.opt.state_dict()), epoch=self.epoch, n_epoch=self.n_epoch,
-                     best=[_plain(t.best) for t in _trackers(self.learn)], smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val))
+        if not self.learn.in_fit or hasattr(self.learn, 'lr_finder') or rank_distrib(): return
+        write_history(self.learn, self.path)
+        state = dict(model=unwrap(self.learn.model).state_dict(), rows=_plain(self.learn.rows), opt=_plain(self.opt.state_dict()), epoch=self.epoch, n_epoch=self.n_epoch,
+                     best=[_plain(t.best) for t in _trackers(self.learn)], smooth=_plain([self.recorder.smooth_loss.count, self.recorder.smooth_loss.val]))
         torch.save(state, self.path/'checkpoint.part')
         os.replace(self.path/'checkpoint.part', self.path/'checkpoint.pt')
 
@@ -327,13 +353,12 @@ def resume(
     file, cb = Path(path)/'checkpoint.pt', learn.checkpoint
     if not file.is_file(): return 0
     state = torch.load(file, map_location=learn.dls.device, weights_only=True)
-    learn.model.load_state_dict(state['model'])
+    unwrap(learn.model).load_state_dict(state['model'])
     learn.create_opt()
     learn.opt.load_state_dict(state['opt'])
     learn.first_epoch = state['epoch'] + 1
     for t, best in zip(_trackers(learn), state['best']): t.best, t.reset_on_fit = best, False
-    past = pd.read_csv(Path(path)/'history.csv')
-    cb.past, cb.smooth = past[past.epoch < learn.first_epoch], state['smooth']
+    learn.rows, cb.smooth = state['rows'], state['smooth']
     return learn.first_epoch
 
 # %% ../nbs/22_learner.ipynb #5c1bc5cf

@@ -61,7 +61,7 @@ class Target:
             leaf = logits.detach().requires_grad_()
             return torch.autograd.grad(self.scores(leaf).sum(), leaf)[0]
 
-# %% ../nbs/12_localize.ipynb #062d5c16
+# %% ../nbs/12_localize.ipynb #4284a360
 PRESETS = ('wsoleval', 'fcam', 'prob')
 
 def check_preset(preset):
@@ -77,10 +77,13 @@ def to_score_maps(
     "Resized and normalised maps, in torch: differentiable, on the maps' device."
     check_preset(preset)
     maps = raw.float()
+    lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    if preset == 'prob' and ((lo < -1e-3) | (hi > 1.001)).any(): raise ValueError(f"preset='prob': these maps are no probabilities, they reach from {lo.min():.3g} to {hi.max():.3g}")
     if preset == 'fcam': maps = minmax(maps)
     maps = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=tuple(size), align_corners=False, mode='bicubic' if preset == 'wsoleval' else 'bilinear')
     maps = maps.reshape(*raw.shape[:-2], *size)
-    return minmax(maps) if preset == 'wsoleval' else maps.clamp(0, 1)
+    maps = maps.clamp(0, 1) if preset != 'wsoleval' else minmax(torch.where(hi > lo, maps, 0.)) # rounding must not become a map
+    return torch.where(torch.isfinite(hi - lo), maps, 0.)
 
 def reference_score_map(
     raw, # (h,w) raw map, numpy
@@ -117,7 +120,7 @@ def model_intact(
             for m, f in flags: m.training = f
             for p, r in needs: p.requires_grad_(r)
 
-# %% ../nbs/12_localize.ipynb #e0c7c041
+# %% ../nbs/12_localize.ipynb #b6532c44
 class Localizer:
     "Turns images into score maps. A subclass overrides `compute`."
     preset = 'wsoleval' # how its raw maps become score maps
@@ -157,9 +160,13 @@ class Localizer:
         with torch.set_grad_enabled(create_graph) if not torch.is_inference_mode_enabled() else nullcontext():
             return to_score_maps(raw, x.shape[-2:], self.preset)
 
-    def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__}, preset={self.preset!r})'
+    def describe(self, preset=None):
+        "The localizer, its model and the preset, for reports."
+        return f'{type(self).__name__}({getattr(self.model, "arch", type(self.model).__name__)}, preset={(preset or self.preset)!r})'
 
-# %% ../nbs/12_localize.ipynb #352a41fa
+    def __repr__(self): return self.describe()
+
+# %% ../nbs/12_localize.ipynb #08958be9
 class HeadMaps(Localizer):
     "The class maps of a model with `forward_maps(x) -> (logits (B,C), maps (B,C,h,w))`; for a GAP head this is CAM (Zhou et al. 2016)."
     def __init__(self, model):
@@ -168,12 +175,13 @@ class HeadMaps(Localizer):
 
     def compute(self, x, target, create_graph):
         logits, maps = self.model.forward_maps(x) # b,c  b,c,h,w
+        if target.score_fn is not None and torch.is_inference_mode_enabled(): raise ValueError('target: a callable needs gradients, which torch.inference_mode forbids')
         if target.score_fn is not None: return logits, torch.einsum('bc,bchw->bhw', target.weights(logits.float()).to(maps.dtype), maps)
         idx = target.classes(logits)
         at = torch.arange(len(x), device=x.device)
         return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
 
-# %% ../nbs/12_localize.ipynb #92ce8fb6
+# %% ../nbs/12_localize.ipynb #65160f23
 def _box_rows(b, centre):
     "Table rows (name, value, τ, centre baseline) of `BoxAcc.compute()` results."
     rows = [(f'MaxBoxAcc δ={d}', m['value'], m['tau'], centre['max_box_acc'][d]['value']) for d, m in b['max_box_acc'].items()]
@@ -183,7 +191,7 @@ def _box_rows(b, centre):
     rows.append((f'Top-1 localization δ={c["delta"]:g}', top1['value'], top1['tau'], None))
     rows.append((f'object inside the box, at the τ of δ={c["delta"]:g}', c['value'], c['tau'], centre['coverage']['value']))
     half = int(np.argmin(np.abs(np.array(b['curve']['taus']) - .5)))
-    rows.append(('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], centre['curve']['coverage'][half]))
+    if abs(b['curve']['taus'][half] - .5) < 1e-6: rows.append(('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], centre['curve']['coverage'][half]))
     return rows
 
 @dataclass
@@ -207,8 +215,9 @@ class Report:
     def note(self):
         "What a reader must know beside the table."
         lines = [f"{k.replace('_', ' ')}: {v}" for k, v in self.counts.items() if v]
-        if self.boxes: lines.append('each τ but the last is the best one for these images and their true boxes (oracle)')
+        if self.boxes: lines.append('each τ but .5 is the best one for these images and their true boxes (oracle)')
         if not self.boxes: lines.insert(0, f"no image of split {self.protocol['split']!r} has a true box: there is nothing to localize against")
+        if self.protocol.get('masks') and not self.boxes: lines.insert(1, 'it has masks, which call for pixel metrics')
         return lines
 
     def __str__(self):
@@ -288,7 +297,7 @@ def _per_image(scorer, names, tau_index):
     df['iou'] = [np.nan if o is None else float(o[tau_index]) for o in scorer.ious]
     return df.sort_values('iou', kind='stable').reset_index(drop=True)
 
-# %% ../nbs/12_localize.ipynb #5f3e267b
+# %% ../nbs/12_localize.ipynb #7c22f291
 def evaluate(
     localizer:Localizer, # what turns images into maps
     dls, # `WSOLDataLoaders`
@@ -313,8 +322,10 @@ def evaluate(
     skipped = dls.skipped
     counts = dict(images_without_a_true_box=len(part) - scorer.acc.n, empty_maps=scorer.empty,
                   skipped_images=0 if skipped is None else int((skipped.split == part.split).sum()))
-    protocol = dict(dataset=dls.info.source.get('dataset', dls.info.source.get('root', 'manifest')), split=part.split, localizer=repr(localizer),
-                    target='true class', preset=preset, size=part.size, deltas=list(map(float, deltas)), supervision='τ: oracle, the true boxes of this split')
+    protocol = dict(dataset=dls.info.source.get('dataset', dls.info.source.get('root', 'manifest')), split=part.split, localizer=localizer.describe(preset),
+                    target='true class', preset=preset, size=part.size, deltas=list(map(float, deltas)),
+                    masks=int(part.df['mask'].map(len).gt(0).sum()) if 'mask' in part.df else 0,
+                    supervision='τ: oracle, the true boxes of this split' if boxes else 'none')
     tau_index = int(np.argmin(abs(scorer.acc.taus - boxes['coverage']['tau']))) if boxes else 0
     top1, top5 = (100*scorer.hits/len(part)).tolist()
     return Report(protocol, len(part), dict(top1=top1, top5=top5 if dls.c > 5 else None), boxes, scorer.centre.compute() if boxes else None,

@@ -35,7 +35,7 @@ class Head(nn.Module):
         maps = self.classifier(features) # b,c,h,w
         return self.pool(maps), maps
 
-# %% ../nbs/20_models.ipynb #8d88e5cc
+# %% ../nbs/20_models.ipynb #2bcd4410
 def _blank(body, side=128):
     p = next(body.parameters())
     return torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
@@ -67,9 +67,13 @@ def _unstride(body, stride, side=128):
         for name, m in list(parent.named_children()):
             if m in late and not isinstance(m, nn.Conv2d) and m.kernel_size in (2, (2, 2)): setattr(parent, name, nn.Identity())
 
-def _stride_of(features, side=128): return 2**round(math.log2(side/features.shape[-1]))
+def _stride_of(body, features, side=128):
+    "The feature stride; from two image sizes where valid padding (Inception) makes one mislead."
+    stride = side/features.shape[-1]
+    if stride > 40: stride = side/(_observe(body, 2*side)[0].shape[-1] - features.shape[-1])
+    return 2**round(math.log2(stride))
 
-# %% ../nbs/20_models.ipynb #ad3ccc05
+# %% ../nbs/20_models.ipynb #e96b2863
 def make_body(
     arch:str, # a timm CNN, e.g. 'resnet50'
     stride:int=None, # 8, 16 or 32; None: the architecture's own
@@ -85,17 +89,17 @@ def make_body(
     if features.ndim != 4 or features.shape[1] != body.num_features and features.shape[-1] == body.num_features:
         raise ValueError(f'arch={arch!r}: its features have shape {tuple(features.shape)}; expected a CNN with (B,K,h,w); transformers are chapter 7')
     for name, m in list(body.named_children()):
-        if m not in ran and sum(1 for _ in m.parameters()): setattr(body, name, nn.Identity())
+        if not any(s in ran for s in m.modules()) and sum(1 for _ in m.parameters()): setattr(body, name, nn.Identity())
     body.width = features.shape[1]
-    body.stride = own = _stride_of(features)
+    body.stride = own = _stride_of(body, features)
     if stride and stride != own:
         if not done: _unstride(body, stride)
-        try: body.stride = _stride_of(_observe(body)[0])
+        try: body.stride = _stride_of(body, _observe(body)[0])
         except RuntimeError: body.stride = None # branches that no longer fit
         if body.stride != stride: raise ValueError(f'stride={stride}: the layers of {arch} cannot be made to give it; stride=None gives its own, {own}')
     return body
 
-# %% ../nbs/20_models.ipynb #ba17a9d1
+# %% ../nbs/20_models.ipynb #b18ce48e
 def _local_weights(arch):
     "The file for `arch` in WSOL_WEIGHTS, or None."
     folder = env_folder('WSOL_WEIGHTS')
@@ -106,14 +110,16 @@ def _local_weights(arch):
 
 def _read_state(file):
     "A state dict from a .pth (weights only, never a pickled object) or .safetensors file."
-    if file.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(file)
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try:
+        if file.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            state = load_file(file)
+        else: state = torch.load(file, map_location='cpu', weights_only=True)
+        state = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), state)
+        return {k.removeprefix('module.'): v for k, v in state.items()}
     except Exception as e: raise ValueError(f'pretrained={str(file)!r}: cannot be read as a state dict ({type(e).__name__})') from None
-    return next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), state)
 
-# %% ../nbs/20_models.ipynb #b7370df4
+# %% ../nbs/20_models.ipynb #1134b094
 def load_body(
     body:nn.Module, # from `make_body`
     file, # .pth or .safetensors state dict of the timm model
@@ -125,15 +131,15 @@ def load_body(
     heads = getattr(body, 'default_cfg', {}).get('classifier') or ()
     dropped = {n for n, m in body.named_children() if isinstance(m, nn.Identity)} | {h.split('.')[0] for h in ([heads] if isinstance(heads, str) else heads)}
     left = [k for k in state if k not in own and k.split('.')[0] in dropped]
-    missing = [k for k in own if k not in state]
+    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')] # old files have no such counter
     strange = [k for k in state if k not in own and k not in left]
     shapes = [f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in state and state[k].shape != own[k].shape]
     faults = [f'{len(v)} {n} ({", ".join(v[:3])}{" …" if len(v) > 3 else ""})' for n, v in (('missing', missing), ('unknown', strange), ('of another shape', shapes)) if v]
     if faults: raise ValueError(f'pretrained={str(file)!r}: the weights do not fit: {"; ".join(faults)}')
-    body.load_state_dict({k: v for k, v in state.items() if k in own})
+    body.load_state_dict(own | {k: v for k, v in state.items() if k in own})
     return left
 
-# %% ../nbs/20_models.ipynb #835f28c2
+# %% ../nbs/20_models.ipynb #3b8dadf1
 class WSOLModel(nn.Module):
     "A body and a head: `forward` gives logits, `forward_maps` logits and class maps. Takes images in [0,1]."
     def __init__(self, body:nn.Module, head:nn.Module, mean=(.485, .456, .406), std=(.229, .224, .225)):
@@ -173,4 +179,4 @@ def wsol_model(
     cfg = timm.data.resolve_model_data_config(body)
     model = WSOLModel(body, head(body.width, n_classes), cfg['mean'], cfg['std'])
     model.arch, model.stride = arch, body.stride
-    return model.to(memory_format=torch.channels_last) # trains about twice as fast, see tools/bench.py
+    return model.to(memory_format=torch.channels_last) # faster training of CNNs on CPU and GPU, see tools/bench.py

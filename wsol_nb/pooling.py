@@ -11,7 +11,6 @@ from torch import nn
 
 from .models import Head
 
-# %% ../nbs/21_pooling.ipynb #aae1c9c2
+# %% ../nbs/21_pooling.ipynb #0fcc71c7
 class GAPHead(Head):
-    "Global average pooling of class maps: the CAM classifier (Lin et al. 2013, Zhou et al. 2016)."
-    def pool(self, maps): return maps.mean((-2, -1))
+    "Global average pooling of class maps: the CAM classifier (Lin et al. 2013, Zhou et al. 2016). The base's mean, by name."

@@ -76,7 +76,7 @@ class Example:
         rgb = draw_boxes(overlay(self.image, self.score_map, alpha), self.true_boxes)
         return rgb if self.box is None else draw_boxes(rgb, self.box[None], BLUE)
 
-# %% ../nbs/13_show.ipynb #4100e96d
+# %% ../nbs/13_show.ipynb #0cc4223d
 def examples(
     localizer, # the one that was evaluated
     dls, # `WSOLDataLoaders`
@@ -86,6 +86,7 @@ def examples(
 )->list: # of Example
     "Images of an evaluated split with their maps and boxes; the box is that of the τ of MaxBoxAcc at the middle δ."
     table, part = report.images, dls.localizable(report.protocol['split'])
+    if report.boxes: table = table[table.iou.notna()]
     if order not in ('worst', 'best', 'spread'): raise ValueError(f'order={order!r}: expected worst, best or spread')
     if order == 'best': table = table[::-1]
     if order == 'spread': table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int))]

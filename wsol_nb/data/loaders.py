@@ -6,9 +6,9 @@
 __all__ = ['Geometry', 'draw_geometry', 'apply_geometry', 'to_tensor', 'MapStore', 'DataInfo', 'WSOLDataset', 'WSOLDL',
            'LocBatch', 'LocalizableSplit', 'WSOLDataLoaders']
 
-# %% ../../nbs/03_data.loaders.ipynb #fed19583
+# %% ../../nbs/03_data.loaders.ipynb #17cfa1c7
 import math, os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 
-from ..core import check_score_map, did_you_mean, env_folder, read_image, resize_boxes
+from ..core import check_boxes, check_score_map, did_you_mean, env_folder, read_image, resize_boxes
 from .manifest import check_manifest, describe_problems, drop_bad, folder_manifest, read_mask, read_metadata
 from .synth import write_world
 from fastai.data.core import DataLoaders, TfmdDL # after wsol_nb.core, see its end
@@ -95,7 +95,7 @@ class MapStore:
         if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
         return check_score_map(np.load(f, allow_pickle=False), name=str(f)).astype(np.float32)
 
-# %% ../../nbs/03_data.loaders.ipynb #b4d50ecc
+# %% ../../nbs/03_data.loaders.ipynb #110ee1ce
 @dataclass
 class DataInfo:
     "What all loaders of a dataset share."
@@ -113,6 +113,7 @@ class DataInfo:
     def __post_init__(self):
         df = self.manifest
         if 'labels' not in df: df = df.assign(labels=[(l,) for l in df.label])
+        if (df.label < 0).any(): raise ValueError(f'{int((df.label < 0).sum())} images have no label, {df.image_id[df.label < 0].iloc[0]!r} first; skip_bad=True leaves them out')
         train = df[df.split == self.roles.get('train', 'train')]
         names = df.drop_duplicates('label').set_index('label').class_name
         if self.class_ids is None: self.class_ids = np.array(sorted({l for ls in train.labels for l in ls}))
@@ -120,16 +121,19 @@ class DataInfo:
         self.multi_label = bool(df.labels.map(len).max() > 1)
         for s, part in df.groupby('split', sort=False):
             new = sorted({l for ls in part.labels for l in ls} - set(self.class_ids.tolist()))
-            if new: raise ValueError(f'split {s!r} has classes {new[:5]} that are not in {self.roles.get("train", "train")!r}')
+            if new: raise ValueError(f'split {s!r} has classes {new[:5]} that are not in {self.roles.get("train", "train")!r} ({", ".join(map(str, names.reindex(new[:5])))})')
 
     def targets(self, df):
         "Positions in `class_ids`, (n,) int64; several classes an image: multi-hot (n,C) float32."
+        several = df['labels'] if 'labels' in df else df.label.map(lambda l: (l,))
+        strange = sorted({l for ls in several for l in ls} - set(self.class_ids.tolist()))
+        if strange: raise ValueError(f'label: classes {strange[:5]} are none of the {len(self.class_ids)} training classes')
         if not self.multi_label: return np.searchsorted(self.class_ids, df.label.to_numpy())
         hot = np.zeros((len(df), len(self.class_ids)), np.float32)
-        for i, ls in enumerate(df.get('labels', [(l,) for l in df.label])): hot[i, np.searchsorted(self.class_ids, ls)] = 1
+        for i, ls in enumerate(several): hot[i, np.searchsorted(self.class_ids, ls)] = 1
         return hot
 
-# %% ../../nbs/03_data.loaders.ipynb #d33c6f8e
+# %% ../../nbs/03_data.loaders.ipynb #7fb5dbdf
 class WSOLDataset:
     "The images of one split: items are (image,), (image, label) or (image, label, stored map)."
     n_inp = 1
@@ -140,7 +144,11 @@ class WSOLDataset:
         labelled:bool=True, # items carry a label
         maps:MapStore=None, # items carry the stored map too
     ):
-        self.df, self.info, self.train, self.maps, self.epoch = df.reset_index(drop=True), info, train, maps, 0
+        df = df.reset_index(drop=True)
+        self.df = df.drop(columns=['boxes', 'mask', 'ignore'], errors='ignore') # no way to peek
+        self.info, self.train, self.maps, self.epoch = info, train, maps, 0
+        lost = [i for i in self.df.image_id if i not in maps] if maps is not None else []
+        if lost: raise ValueError(f'maps: {len(lost)} of {len(df)} images have no stored map in {maps.root}, {lost[0]!r} first')
         self.paths, self.targets = self.df['path'].tolist(), info.targets(df) if labelled else None
 
     def __len__(self): return len(self.paths)
@@ -152,7 +160,8 @@ class WSOLDataset:
     def __getitem__(self, i):
         if not 0 <= i < len(self): raise IndexError(i)
         path, size, resize, g = self.paths[i], self.info.size, self.info.resize, self.geometry(i)
-        img = read_image(path, exif=self.info.exif) if isinstance(path, (str, Path)) else path.convert('RGB')
+        if isinstance(path, (str, Path)): img = read_image(path, exif=self.info.exif)
+        else: img = (Image.fromarray(path) if isinstance(path, np.ndarray) else path).convert('RGB')
         item = (to_tensor(apply_geometry(img, size, resize, g)),)
         if self.targets is not None: item += (torch.as_tensor(self.targets[i]),)
         if self.maps is not None:
@@ -160,11 +169,19 @@ class WSOLDataset:
             item += (torch.from_numpy(np.array(apply_geometry(stored, size, resize, g))),)
         return item
 
-    def decode(self, o, full=True): return o # what fastai calls before it shows an item
+    def decode(self, o, full=True):
+        "fastai's way from a predicted position to a class name."
+        scalar = lambda v: isinstance(v, torch.Tensor) and v.ndim == 0 and not v.is_floating_point()
+        return tuple(self.info.class_names[int(v)] if scalar(v) else v for v in o)
 
-# %% ../../nbs/03_data.loaders.ipynb #bd3d481f
+    def new_empty(self):
+        "The same without images: what `learn.export` keeps."
+        return WSOLDataset(self.df.iloc[:0], self.info, labelled=False)
+
+# %% ../../nbs/03_data.loaders.ipynb #90f63dcf
 class WSOLDL(TfmdDL):
     "A fastai DataLoader over a `WSOLDataset`; `set_epoch` fixes order, crops and flips."
+    vocab = property(lambda self: self.dataset.info.class_names)
     def set_epoch(self, epoch):
         "The next pass is that of `epoch`."
         self.dataset.epoch = epoch
@@ -199,7 +216,7 @@ class WSOLDL(TfmdDL):
         pred = out.argmax(1) if out.ndim == 2 else out
         self.show_batch(b, max_n, titles=[f'{self._names(y)}\n→ {self._names(p)}' for y, p in zip(b[1], pred)], **kwargs)
 
-# %% ../../nbs/03_data.loaders.ipynb #d789d909
+# %% ../../nbs/03_data.loaders.ipynb #0de1850d
 class LocBatch(NamedTuple):
     "A batch for the evaluator."
     x: torch.Tensor  # (B,3,size,size) in [0,1]
@@ -209,10 +226,13 @@ class LocBatch(NamedTuple):
 
 class LocalizableSplit:
     "A split with its boxes on the evaluation grid; iterate for `LocBatch`es."
-    def __init__(self, dataset:WSOLDataset, split:str, bs:int=32, num_workers:int=0, device=None):
-        self.dataset, self.split, self.bs, self.num_workers, self.device = dataset, split, bs, num_workers, device
-        self.df, self.size = dataset.df, dataset.info.size
+    def __init__(self, df, info:DataInfo, split:str, bs:int=32, num_workers:int=0, device=None):
+        self.dataset, self.split, self.bs, self.num_workers, self.device = WSOLDataset(df, info), split, bs, num_workers, device
+        self.df, self.size = df.reset_index(drop=True), info.size
         grid = (self.size, self.size)
+        for r in self.df.itertuples():
+            if len(r.boxes) and not r.width: raise ValueError(f'{r.image_id}: has boxes, but the size of its original image is not known (image_sizes.txt)')
+            check_boxes(r.boxes, (r.width, r.height), f'boxes of {r.image_id}')
         self.boxes = [resize_boxes(b, (w, h), grid) if len(b) else b for b, w, h in zip(self.df.boxes, self.df.width, self.df.height)]
         self.n_boxed = sum(len(b) > 0 for b in self.boxes)
 
@@ -228,12 +248,12 @@ class LocalizableSplit:
             rows = np.arange(n*self.bs, n*self.bs + len(x))
             yield LocBatch(x.to(self.device), y.to(self.device), rows, [self.boxes[i] for i in rows])
 
-# %% ../../nbs/03_data.loaders.ipynb #825bd159
-def _sound(df, check, skip_bad, train):
+# %% ../../nbs/03_data.loaders.ipynb #90148f1d
+def _sound(df, check, skip_bad, train, test):
     "The manifest after its check, and the rows left out."
     if not (check or skip_bad): return df, None
     looked_at = df if check in (True, False) else df[df.split.isin(check)]
-    problems = check_manifest(looked_at, train=train, progress=len(looked_at) > 500)
+    problems = check_manifest(looked_at, train=train, test=test, progress=len(looked_at) > 500)
     if not len(problems): return df, None
     if not skip_bad: raise ValueError(f'the dataset has {describe_problems(problems)}\nskip_bad=True (--skip-bad) goes on without the images that are named')
     sound, dropped = drop_bad(df, problems)
@@ -248,7 +268,7 @@ def _role(df, splits, role, needed):
     if name in have: return name
     if needed: raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
 
-# %% ../../nbs/03_data.loaders.ipynb #52fb37e5
+# %% ../../nbs/03_data.loaders.ipynb #ac908dc5
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -280,15 +300,15 @@ class WSOLDataLoaders(DataLoaders):
     ):
         "Loaders of a manifest table."
         resize = resize or round(size*8/7)
+        if not isinstance(bs, int) or bs < 1: raise ValueError(f'bs={bs!r}: expected a whole number of at least 1')
         if not 0 < size <= resize: raise ValueError(f'size={size}, resize={resize}: expected 0 < size <= resize')
         roles = dict(train=train, valid=valid, test=test)
-        df, skipped = _sound(df, check, skip_bad, train)
+        df, skipped = _sound(df, check, skip_bad, train, test)
         splits = {r: _role(df, roles, r, needed=r != 'test') for r in roles}
         info = DataInfo(df, size, resize, seed, exif, splits, source or {}, skipped)
         device = device or default_device()
         if num_workers is None: num_workers = 0 if torch.device(device).type == 'cpu' else min(8, os.cpu_count() or 1)
-        part = lambda s: df[df.split == s]
-        ds = WSOLDataset(part(train), info, train=True, maps=maps), WSOLDataset(part(valid), info)
+        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == valid], info)
         common = dict(num_workers=num_workers, device=device)
         return cls(WSOLDL(ds[0], bs=bs, shuffle=True, drop_last=len(ds[0]) >= bs, **common), WSOLDL(ds[1], bs=bs, **common), device=device, info=info)
 
@@ -300,7 +320,7 @@ def _split_of(info, split):
     if name is None: raise ValueError(f'split={split!r}: there are {", ".join(have)}; {did_you_mean(split, have)}')
     return name
 
-# %% ../../nbs/03_data.loaders.ipynb #b3e0460b
+# %% ../../nbs/03_data.loaders.ipynb #0dfb2c9a
 @patch
 def localizable(self:WSOLDataLoaders,
     split:str='test', # a split's name, or a role: train, valid, test
@@ -309,19 +329,19 @@ def localizable(self:WSOLDataLoaders,
     "The only door to boxes and masks: a split for the evaluator."
     name = _split_of(self.info, split)
     df = self.info.manifest
-    ds = WSOLDataset(df[df.split == name], self.info)
-    return LocalizableSplit(ds, name, bs or self.valid.bs, self.valid.fake_l.num_workers, self.device)
+    return LocalizableSplit(df[df.split == name], self.info, name, bs or self.valid.bs, self.valid.fake_l.num_workers, self.device)
 
 @patch
 def test_dl(self:WSOLDataLoaders,
-    items, # image files, PIL images, or a table with a column `path`
+    items, # image files, PIL images or (H,W,3) uint8 arrays, or a table with a column `path`
     with_labels:bool=False, # the table has a column `label`
+    exif:bool=True, # turn files as their EXIF flag says
     **kwargs, # for `WSOLDL`, e.g. bs
 )->WSOLDL:
     "A loader over new images, resized as in evaluation."
     df = items if isinstance(items, pd.DataFrame) else pd.DataFrame({'path': list(items)})
     kwargs.pop('rm_type_tfms', None)
-    return self.valid.new(WSOLDataset(df, self.info, labelled=with_labels), **({'shuffle': False, 'drop_last': False} | kwargs))
+    return self.valid.new(WSOLDataset(df, replace(self.info, exif=exif), labelled=with_labels), **({'shuffle': False, 'drop_last': False} | kwargs))
 
 @patch
 def new(self:WSOLDataLoaders, *args, loaders=None, **kwargs):
@@ -329,7 +349,7 @@ def new(self:WSOLDataLoaders, *args, loaders=None, **kwargs):
     loaders = loaders or [dl.new(*args, **kwargs) for dl in self.loaders]
     return type(self)(*loaders, path=self.path, device=self.device, info=self.info)
 
-# %% ../../nbs/03_data.loaders.ipynb #918f2b60
+# %% ../../nbs/03_data.loaders.ipynb #c8592bc0
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source'])
 def from_metadata(cls:WSOLDataLoaders,
@@ -341,11 +361,12 @@ def from_metadata(cls:WSOLDataLoaders,
     "Loaders of a dataset in the WSOL metadata layout."
     root = root or env_folder('WSOL_DATA')
     if root is None: raise ValueError('root: expected a folder with metadata/<dataset>, or WSOL_DATA set to one')
-    skip = kwargs.get('skip_bad', False)
+    root, skip = Path(root).resolve(), kwargs.get('skip_bad', False)
     df = read_metadata(root, dataset, images=images, strict=not skip)
     source = dict(kind='metadata', root=str(root), dataset=dataset, images=str(images) if images else None)
     return cls.from_manifest(df, source=source, **kwargs)
 
+# %% ../../nbs/03_data.loaders.ipynb #def52c4e
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source', 'exif'])
 def from_folder(cls:WSOLDataLoaders,
@@ -356,6 +377,7 @@ def from_folder(cls:WSOLDataLoaders,
     **kwargs
 ):
     "Loaders of a plain folder of images; there is nothing to localize against, but training and maps work."
+    root = Path(root).resolve()
     df = folder_manifest(root, valid_pct, test_pct, split_seed)
     source = dict(kind='folder', root=str(root), valid_pct=valid_pct, test_pct=test_pct, split_seed=split_seed)
     return cls.from_manifest(df, source=source, exif=True, **kwargs)

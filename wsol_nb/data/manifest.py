@@ -6,8 +6,8 @@
 __all__ = ['COLUMNS', 'PROBLEMS', 'problem_table', 'describe_problems', 'datasets_in', 'read_metadata', 'folder_manifest',
            'read_mask', 'check_manifest', 'drop_bad']
 
-# %% ../../nbs/02_data.manifest.ipynb #5b5a5ec5
-import json
+# %% ../../nbs/02_data.manifest.ipynb #d5fd6756
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,12 +38,17 @@ def describe_problems(
     if len(problems) > most: lines.append(f'  … and {len(problems) - most} more')
     return '\n'.join([f'{len(problems)} problem{"s" if len(problems) != 1 else ""}:', *lines])
 
-# %% ../../nbs/02_data.manifest.ipynb #1c5ba4b3
+# %% ../../nbs/02_data.manifest.ipynb #9972ddff
+def _text(file):
+    "A metadata file's text; a byte-order mark is dropped."
+    try: return file.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f'{file}: expected UTF-8 text ({e})') from None
+
 def _rows(file, widths, bad):
     "`{path: [fields…]}` of a metadata file; a line whose number of fields is not in `widths` goes to `bad`."
     rows = {}
     if not file.is_file(): return rows
-    for n, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
+    for n, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip(): continue
         path, *fields = line.split(',') if max(widths) else [line]
         if len(fields) in widths: rows.setdefault(path.strip(), []).append((n, fields))
@@ -66,7 +71,7 @@ def _masks(rows, images, into):
         ignore = next((str(images/f[1]) for f in files if len(f) > 1 and f[1]), '')
         into[path] = tuple(str(images/f[0]) for f in files), ignore
 
-# %% ../../nbs/02_data.manifest.ipynb #e1db7478
+# %% ../../nbs/02_data.manifest.ipynb #c7e3ce92
 def _read_split(folder, images, split):
     "The rows of one split as dicts, and what is wrong with its files."
     problems = []
@@ -87,19 +92,25 @@ def _read_split(folder, images, split):
     for image_id, entries in ids.items():
         if len(entries) > 1: bad(image_id, 'image_ids.txt', f'{image_id!r} stands there {len(entries)} times')
         if image_id not in labels and image_id not in unlabelled: bad(image_id, 'class_labels.txt', f'no label for {image_id!r}')
+        for file, table in (('class_labels', labels), ('image_sizes', sizes)):
+            given = table.get(image_id, [])
+            if len(set(given)) < len(given): bad(image_id, f'{file}.txt', f'{image_id!r} has the same row twice')
+        if len(set(sizes.get(image_id, []))) > 1: bad(image_id, 'image_sizes.txt', f'{image_id!r} has two sizes')
         width, height = sizes.get(image_id, [(0, 0)])[0]
         mask, ignore = masks.get(image_id, ((), ''))
         rows.append(dict(image_id=image_id, path=str(images/image_id), split=split, width=width, height=height, mask=mask,
-                         ignore=ignore, labels=tuple(l[0] for l in labels.get(image_id, [(-1,)])),
+                         ignore=ignore, labels=tuple(dict.fromkeys(l[0] for l in labels.get(image_id, [(-1,)]))),
                          boxes=np.array(boxes.get(image_id, []), np.int64).reshape(-1, 4)))
     return rows, problems
 
-# %% ../../nbs/02_data.manifest.ipynb #65f65c7e
+# %% ../../nbs/02_data.manifest.ipynb #b9b4f520
 def _class_names(rows, file):
     "`{class id: name}` from a `id,name` file, else from the images' folders, else the ids themselves."
     ids = sorted({l for r in rows for l in r['labels']})
     if file.is_file():
-        named = dict(line.split(',', 1) for line in file.read_text(encoding='utf-8').splitlines() if line.strip())
+        lines = [line for line in _text(file).splitlines() if line.strip()]
+        if bad := [line for line in lines if ',' not in line]: raise ValueError(f"{file}: expected 'id,name', got {bad[0]!r}")
+        named = dict(line.split(',', 1) for line in lines)
         return {i: named.get(str(i), str(i)).strip() for i in ids}
     train = [r for r in rows if r['split'] == 'train'] or rows
     pairs = {(Path(r['image_id']).parent.as_posix(), l) for r in train for l in r['labels']}
@@ -150,20 +161,19 @@ def read_metadata(
     df.attrs['problems'] = problems
     return df
 
-# %% ../../nbs/02_data.manifest.ipynb #df8e094f
+# %% ../../nbs/02_data.manifest.ipynb #d3a53dc5
 _SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm'}
-_SPLITS = dict(train='train', val='val', valid='val', validation='val', test='test')
+_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test')
 
-def _random_splits(n, valid_pct, test_pct, rng):
-    "Split names of `n` images of one class; each split that is asked for gets at least one where n allows."
-    n_val, n_test = (max(1, round(n*p)) if p > 0 else 0 for p in (valid_pct, test_pct))
-    names = np.array(['train']*n, dtype=object)
-    order = rng.permutation(n)
-    names[order[:n_val]] = 'val'
-    names[order[n_val:n_val + n_test]] = 'test'
+def _random_splits(ids, valid_pct, test_pct, seed):
+    "Split names of one class's images by a hash of seed and id, so that a new image moves no other; one at least trains, two or more give 'val' one."
+    u = np.array([zlib.crc32(f'{seed}/{i}'.encode())/2**32 for i in ids])
+    names = np.select([u < valid_pct, u < valid_pct + test_pct], ['val', 'test'], 'train').astype(object)
+    if len(ids) > 1 and not (names == 'val').any(): names[u.argmin()] = 'val'
+    if not (names == 'train').any(): names[u.argmax()] = 'train'
     return names
 
-# %% ../../nbs/02_data.manifest.ipynb #2477cf01
+# %% ../../nbs/02_data.manifest.ipynb #f8358383
 def folder_manifest(
     root, # `root/<class>/<image>`, or `root/<split>/<class>/<image>`
     valid_pct:float=.2, # share of each class that becomes 'val', where the folder has no splits
@@ -175,21 +185,24 @@ def folder_manifest(
     if not root.is_dir(): raise ValueError(f'root={str(root)!r} is not a folder')
     if not (0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct + test_pct < 1): raise ValueError(f'valid_pct={valid_pct}, test_pct={test_pct}: expected shares with a sum below 1')
     files = sorted(f.relative_to(root) for f in root.rglob('*') if f.suffix.lower() in _SUFFIXES and not any(p.startswith('.') for p in f.relative_to(root).parts))
-    split = len(files) and all(f.parts[0] in _SPLITS and len(f.parts) > 2 for f in files)
+    tops = {f.parts[0] for f in files if len(f.parts) > 2 and f.parts[0].lower() in _SPLITS}
+    odd = sorted({f.parts[0] for f in files} - tops)
+    if {'train', 'training'} & {t.lower() for t in tops} and odd: raise ValueError(f'root={str(root)!r}: {", ".join(sorted(tops))} look like splits, but what is {", ".join(odd[:3])} beside them?')
+    split = bool(tops) and not odd
     loose = [f for f in files if len(f.parts) < 2]
     if not files or loose: raise ValueError(f'root={str(root)!r}: expected <class>/<image>, found {f"{len(loose)} images in no class folder, {loose[0]} first" if loose else "no image"}')
     classes = [f.parts[split] for f in files]
     names = sorted(set(classes))
-    if split: splits = [_SPLITS[f.parts[0]] for f in files]
+    if split: splits = [_SPLITS[f.parts[0].lower()] for f in files]
     else:
-        splits, rng = np.empty(len(files), dtype=object), np.random.default_rng(seed)
-        for c in names: at = np.nonzero(np.array(classes) == c)[0]; splits[at] = _random_splits(len(at), valid_pct, test_pct, rng)
+        splits = np.empty(len(files), dtype=object)
+        for c in names: at = np.nonzero(np.array(classes) == c)[0]; splits[at] = _random_splits([files[i].as_posix() for i in at], valid_pct, test_pct, seed)
     rows = [dict(image_id=f.as_posix(), path=str(root/f), split=s, width=0, height=0, labels=(names.index(c),), mask=(), ignore='',
                  boxes=np.zeros((0, 4), np.int64)) for f, c, s in zip(files, classes, splits)]
     df = _manifest(rows, dict(enumerate(names)))
     return df
 
-# %% ../../nbs/02_data.manifest.ipynb #c9fa53c1
+# %% ../../nbs/02_data.manifest.ipynb #012a3212
 def read_mask(
     masks, # mask files of one image
     ignore:str='', # its ignore file, or ''
@@ -197,16 +210,18 @@ def read_mask(
 )->np.ndarray: # (H,W) uint8: 0 background, 1 foreground, 255 ignore
     "The foreground mask of an image from its instance files, as in the reference protocol."
     def load(file):
-        arr = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-        if arr is None: raise BadImage(f'{file}: no such mask, or it cannot be read')
-        arr = arr.max(2) if arr.ndim == 3 else arr
+        try:
+            with Image.open(file) as img: arr = np.asarray(img) # a palette image stays its indices
+        except Exception as e: raise BadImage(f'{file}: no such mask, or it cannot be read ({type(e).__name__})') from None
+        if arr.ndim == 3: arr = arr[..., :1 if arr.shape[2] == 2 else 3].max(2) # alpha is no mask
+        arr = arr.astype(np.int32) if arr.dtype.kind != 'f' else arr
         return (arr if size is None else cv2.resize(arr, tuple(size), interpolation=cv2.INTER_NEAREST)) > 0
     if not len(masks): raise ValueError('masks: this image has no mask file')
     out = np.logical_or.reduce([load(m) for m in masks]).astype(np.uint8)
     if ignore: out[load(ignore) & (out == 0)] = 255
     return out
 
-# %% ../../nbs/02_data.manifest.ipynb #aff9b9aa
+# %% ../../nbs/02_data.manifest.ipynb #1bbf88dd
 def _check_row(r):
     "The faults of a row that need no file."
     if r.label < 0: yield f'no label for {r.image_id!r}'
@@ -221,6 +236,7 @@ def _check_files(r):
         with Image.open(r.path) as img:
             stored, turned = img.size, img.getexif().get(0x0112, 1) > 4
             img.draft('RGB', (64, 64)); img.load()
+        if r.width and abs(stored[0]*r.height/(stored[1]*r.width) - 1) > .05: yield f'is {r.width}x{r.height} by image_sizes.txt, but the stored image of {stored[0]}x{stored[1]} has another shape'
         if turned and (len(r.boxes) or r.mask): yield 'is turned by an EXIF flag, which is ignored: boxes and masks refer to the pixels as stored'
         for m in r.mask:
             with Image.open(m) as img: size = img.size; img.load()
@@ -228,11 +244,12 @@ def _check_files(r):
     except FileNotFoundError as e: yield f'{e.filename}: no such file'
     except Exception as e: yield f'{r.path}: cannot be read as an image ({type(e).__name__}: {e})'
 
-# %% ../../nbs/02_data.manifest.ipynb #0ac586e6
+# %% ../../nbs/02_data.manifest.ipynb #a83728ce
 def check_manifest(
     df:pd.DataFrame, # a manifest
     images:bool=True, # decode every image and mask; False: only what the table shows
     train:str='train', # the split whose classes are the known ones
+    test:str='test', # the split that must share no image with it
     progress:bool=False, # show a bar
 )->pd.DataFrame: # columns split, image_id, where, problem; no row: the dataset is sound
     "Everything that is wrong with a dataset, by row."
@@ -245,11 +262,13 @@ def check_manifest(
     for r in rows:
         for what in _check_row(r):
             if r.label >= 0 or (r.split, r.image_id) not in known: say(r, what)
-    classes = set(df.label[df.split == train])
-    for s, part in df[df.label >= 0].groupby('split', sort=False):
-        if (new := sorted(set(part.label) - classes)) and classes: found.append((s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'))
-    shared = set(df.image_id[df.split == train]) & set(df.image_id[df.split == 'test'])
-    for i in sorted(shared): found.append(('test', i, f'test {i}', f'is in {train!r} too: the test would not be honest'))
+    every = df['labels'] if 'labels' in df else df.label.map(lambda l: (l,))
+    classes = {l for ls in every[df.split == train] for l in ls}
+    for s, part in every[df.label >= 0].groupby(df.split, sort=False):
+        if (new := sorted({l for ls in part for l in ls} - classes)) and classes: found.append((s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'))
+    for r in df[df.duplicated(['split', 'image_id'])].itertuples(): say(r, f'{r.image_id!r} stands twice in {r.split!r}')
+    shared = set(df.image_id[df.split == train]) & set(df.image_id[df.split == test])
+    for i in sorted(shared): found.append((test, i, f'{test} {i}', f'is in {train!r} too: the test would not be honest'))
     if images:
         with ThreadPoolExecutor(4) as pool:
             faults = pool.map(lambda r: list(_check_files(r)), rows)

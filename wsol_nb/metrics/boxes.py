@@ -26,7 +26,7 @@ def box_iou(
     area = lambda x: (x[..., 2:] - x[..., :2] + 1).prod(-1)
     return inter/(area(a) + area(b) - inter)
 
-# %% ../../nbs/10_metrics.boxes.ipynb #c8b97ded
+# %% ../../nbs/10_metrics.boxes.ipynb #67306638
 TAUS = np.arange(0, 1, .001)
 TAUS.setflags(write=False)
 
@@ -53,6 +53,7 @@ def level_boxes(
     "All boxes of a score map: those of every contour, holes included, at every distinct threshold."
     u = (255*check_score_map(score_map)).astype(np.uint8)
     taus = TAUS if taus is None else np.atleast_1d(np.asarray(taus, dtype=np.float64))
+    if not len(taus) or not ((taus >= 0) & (taus < 1)).all(): raise ValueError(f'taus: expected thresholds from 0 to below 1, got {taus.tolist()[:5]}')
     thresholds, level = np.unique((taus*int(u.max())).astype(int), return_inverse=True)
     rows, cols, size = u.max(1), u.max(0), u.shape[::-1]
     found, largest, starts, n = [], [], [], 0
