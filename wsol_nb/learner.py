@@ -150,7 +150,7 @@ class EpochLog(Callback):
         names, values = self.recorder.metric_names[1:-1], self.recorder.values[-1]
         self.learn.rows.append(dict(epoch=len(self.learn.rows)) | dict(zip(names, values)))
 
-# %% ../nbs/22_learner.ipynb #300d2469
+# %% ../nbs/22_learner.ipynb #af5cbaee
 class WSOLLearner(Learner):
     "A fastai Learner that knows its method, can localize, and can start at a later epoch."
     method, arch, config, first_epoch, in_fit, rows = None, None, None, 0, False, None
@@ -180,6 +180,7 @@ def accuracy(
     "Share of right top-1 classes, 0 to 1."
     return (logits.argmax(1) == y).float().mean()
 
+# %% ../nbs/22_learner.ipynb #5ba1b0f6
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
