@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'wsol_train', 'wsol_eval', 'localize_photo', 'wsol_localize', 'wsol_data', 'wsol_demo', 'parse', 'main']
 
-# %% ../nbs/92_cli.ipynb #ce89ed33
+# %% ../nbs/92_cli.ipynb #d49ed815
 import inspect, sys
 from pathlib import Path
 
-from fastcore.script import Param, anno_parser, call_parse
+from fastcore.script import anno_parser, call_parse
 
 # %% ../nbs/92_cli.ipynb #2e442992
 _METHODS = {'gap': 'wsol_nb.learner'} # where each method's module is, for `--method`
@@ -198,11 +198,11 @@ def localize_photo(
     box = None if not s.any() else np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
     return dict(photo=str(photo), class_name=run.config['class_names'][int(c)], prob=float(prob), box=box, tau=tau, tau_source=source, image=img, score_map=s)
 
-# %% ../nbs/92_cli.ipynb #e02791d4
+# %% ../nbs/92_cli.ipynb #ff1ab5e2
 @call_parse
 def wsol_localize(
     run:str, # run folder
-    photos:Param('image files', str, nargs='+'), # any size, any mode
+    photos:str, # image files, one or several, of any size and mode
     tau:float=None, # map threshold, 0 to 1; default: that of the validation boxes, else .2
     out:str='.', # where <photo>-overlay.jpg goes
 ):
@@ -223,7 +223,7 @@ def wsol_localize(
         found.append(f)
     return found
 
-# %% ../nbs/92_cli.ipynb #54d9628f
+# %% ../nbs/92_cli.ipynb #82a245a2
 def _summary(df):
     "A line a split: images, classes, boxes, masks."
     for s, part in df.groupby('split', sort=False):
@@ -231,7 +231,7 @@ def _summary(df):
 
 @call_parse
 def wsol_data(
-    command:Param('what to do', str, choices=['synth', 'check']), # write a world, or check a dataset
+    command:str, # synth (write a world) or check (a dataset)
     root:str, # folder to write to, or to check
     dataset:str=None, # the dataset to check, where the root has several
     n_train:int=None, n_val:int=None, n_test:int=None, # images of a world; default: its own
@@ -306,7 +306,7 @@ def wsol_demo(
     print(f'{table}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run PHOTO')
     return report
 
-# %% ../nbs/92_cli.ipynb #95d4f13e
+# %% ../nbs/92_cli.ipynb #d7167796
 COMMANDS = dict(wsol_demo=wsol_demo, wsol_train=wsol_train, wsol_eval=wsol_eval, wsol_localize=wsol_localize, wsol_data=wsol_data)
 
 def parse(
@@ -315,11 +315,16 @@ def parse(
 )->dict: # the function's keyword arguments
     "The arguments of a command line; dashes and underscores are the same."
     f = COMMANDS[name].__wrapped__
-    known = set(inspect.signature(f).parameters)
-    plain = lambda a: '--' + a[2:].partition('=')[0].replace('-', '_') + ''.join(a.partition('=')[1:])
-    argv = [plain(a) if a.startswith('--') and a[2:].partition('=')[0].replace('-', '_') in known else a for a in argv]
-    args = vars(anno_parser(f, prog=name).parse_args(argv))
-    return {k: v for k, v in args.items() if k in known}
+    parser = anno_parser(f, prog=name)
+    for action in parser._actions:
+        if action.dest == 'photos': action.nargs = '+'
+    known = parser._option_string_actions # --lr_head with fastcore 1, --lr-head with fastcore 2
+    def spelled(arg):
+        flag, eq, value = arg.partition('=')
+        both = flag, '--' + flag[2:].replace('-', '_'), '--' + flag[2:].replace('_', '-')
+        return next((b for b in both if b in known), flag) + eq + value
+    args = vars(parser.parse_args([spelled(a) if a.startswith('--') else a for a in argv]))
+    return {k: v for k, v in args.items() if k in inspect.signature(f).parameters}
 
 def main():
     "Entry point of the console scripts."
