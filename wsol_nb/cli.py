@@ -140,7 +140,7 @@ def wsol_train(
     _finish(learn, config['train'], out)
     return learn
 
-# %% ../nbs/92_cli.ipynb #2367aafe
+# %% ../nbs/92_cli.ipynb #da555084
 @call_parse
 def wsol_eval(
     run:str, # run folder
@@ -153,14 +153,14 @@ def wsol_eval(
     bs:int=32, # batch size
 ):
     "Score a run on a split: a table, a JSON report and an HTML page."
-    import torch
     from wsol_nb.learner import load_run
     from wsol_nb.localize import evaluate
     from wsol_nb.show import write_report
-    r = load_run(run, 'cuda' if torch.cuda.is_available() else 'cpu')
+    r = load_run(run)
     role = r.config['data']['roles'].get(split, split) or split
     dls = r.dls(check=[role], skip_bad=skip_bad, num_workers=workers, bs=bs, **({'root': data} if data else {}))
     if (dls.class_ids.tolist(), dls.vocab) != (r.config['class_ids'], r.config['class_names']): raise ValueError(f"data: its {dls.c} training classes ({dls.vocab[0]}, …) are not the {len(r.config['class_ids'])} of the run ({r.config['class_names'][0]}, …)")
+    r.model.to(dls.device)
     localizer = r.localizer()
     report = evaluate(localizer, dls, split, preset)
     out = Path(out or run)

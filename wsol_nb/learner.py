@@ -131,16 +131,16 @@ class LocalizationMetrics(Callback):
 
     def after_fit(self): self.run = True
 
-# %% ../nbs/22_learner.ipynb #8a70e0cf
+# %% ../nbs/22_learner.ipynb #fb5ca130
 class EpochSeed(Callback):
     "Fixes data order, augmentation and torch's random state by (seed, epoch), in training."
     order = -30 # before anything draws
     def __init__(self, seed): self.seed = seed
     def before_epoch(self):
         if not self.learn.in_fit: return
-        torch.manual_seed(self.seed*100_003 + self.epoch)
-        dl = self.dls.train
-        getattr(dl, 'dl', dl).set_epoch(self.epoch) # a distributed loader wraps ours
+        epoch, dl = len(self.learn.rows), self.dls.train # counted through all fits, so that fine_tune repeats none
+        torch.manual_seed(self.seed*100_003 + epoch)
+        getattr(dl, 'dl', dl).set_epoch(epoch) # a distributed loader wraps ours
 
 class EpochLog(Callback):
     "Keeps a row for each trained epoch in `learn.rows`, through several fits; validating or predicting adds none."
