@@ -1,7 +1,6 @@
 "Golden outputs of the reference WSOL evaluator: every box and score must be equal, not close."
 import json
 
-import cv2
 import numpy as np
 import pytest
 

@@ -39,15 +39,14 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #0504e28c
-def _learner(config, out, cbs=()):
+# %% ../nbs/92_cli.ipynb #a81d3ba6
+def _learner(config, out):
     "Loaders and learner of a run's config."
     from wsol_nb.learner import Checkpoint, loaders_from_config, method_from_dict, wsol_learner
     t = config['train']
     dls = loaders_from_config(config['data'] | dict(check=t['check'], skip_bad=t['skip_bad'], num_workers=t['workers']))
     method = method_from_dict(config['method'])
-    pretrained = {'True': True, 'False': False}.get(config['pretrained'], config['pretrained'])
-    return wsol_learner(dls, config['arch'], method, pretrained=pretrained, stride=config['stride'], wd=t['wd'], path=out, cbs=[*cbs, Checkpoint(out)])
+    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], wd=t['wd'], path=out, cbs=[Checkpoint(out)])
 
 _MONITORS = dict(last=None, loc='max_box_acc', cl='accuracy') # what `--select` watches
 
@@ -66,7 +65,7 @@ def _new_config(out, resume, **given):
     if given['select'] not in _MONITORS: raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
     data = _source(given['data'], given['dataset']) | {k: given[k] for k in ('size', 'resize', 'seed', 'bs')}
     data['roles'] = dict(train='train', valid=given['valid'], test='test')
-    pretrained = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}.get(str(given['pretrained']).lower(), given['pretrained'])
+    pretrained = {'true': True, 'yes': True, 'false': False, 'no': False}.get(str(given['pretrained']).lower(), given['pretrained'])
     train = {k: given[k] for k in ('epochs', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')}
     config = dict(schema=1, arch=given['arch'], stride=given['stride'] or None, pretrained=pretrained,
                   method=method_to_dict(_make_method(given['method'], given['params'])), data=data, train=train)
@@ -171,14 +170,14 @@ def wsol_eval(
     print(f'written: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #fec1cd3e
+# %% ../nbs/92_cli.ipynb #3bff938f
 def localize_photo(
     run, # a `Run`
     photo, # image file
     tau:float=None, # map threshold; None: that of the run's validation boxes, else .2
 )->dict: # photo, class_name, prob, box (in the photo's pixels; None where the map says nothing), tau, tau_source, image, score_map
     "Class, probability and tight box of a photo, in its own pixels."
-    import numpy as np, torch
+    import numpy as np
     from wsol_nb.core import read_image
     from wsol_nb.data.loaders import apply_geometry, to_tensor
     from wsol_nb.localize import to_score_maps
@@ -198,7 +197,7 @@ def localize_photo(
     box = None if not s.any() else np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
     return dict(photo=str(photo), class_name=run.config['class_names'][int(c)], prob=float(prob), box=box, tau=tau, tau_source=source, image=img, score_map=s)
 
-# %% ../nbs/92_cli.ipynb #ff1ab5e2
+# %% ../nbs/92_cli.ipynb #150a9d91
 @call_parse
 def wsol_localize(
     run:str, # run folder
@@ -215,15 +214,16 @@ def wsol_localize(
     for photo in [photos] if isinstance(photos, (str, Path)) else photos:
         f = localize_photo(r, photo, tau)
         shown, box = overlay(f.pop('image'), f.pop('score_map')), f['box']
-        names = [f'{Path(photo).stem}-overlay{n}.jpg' for n in ('', *(f'-{k}' for k in range(2, len(found) + 2)))]
-        f['overlay'] = str(Path(out)/next(n for n in names if str(Path(out)/n) not in {o['overlay'] for o in found}))
+        stem = Path(photo).stem
+        again = sum(Path(o['photo']).stem == stem for o in found) # photos of one name in different folders
+        f['overlay'] = str(Path(out)/f'{stem}-overlay{f"-{again + 1}" if again else ""}.jpg')
         Image.fromarray(shown if box is None else draw_boxes(shown, box[None], BLUE)).save(f['overlay'], quality=92)
         where = 'no object found' if box is None else 'box x {}–{}, y {}–{}'.format(*box[[0, 2, 1, 3]])
         print(f"{photo}: {f['class_name']}, probability {f['prob']:.2f}, {where} (τ {f['tau']:.3f}, {f['tau_source']}) → {f['overlay']}")
         found.append(f)
     return found
 
-# %% ../nbs/92_cli.ipynb #82a245a2
+# %% ../nbs/92_cli.ipynb #e30a93cb
 def _summary(df):
     "A line a split: images, classes, boxes, masks."
     for s, part in df.groupby('split', sort=False):
@@ -240,7 +240,7 @@ def wsol_data(
     images:bool=True, # check: decode every image
 ):
     "`wsol_data synth FOLDER` writes a synthetic world; `wsol_data check FOLDER` names everything wrong with a dataset."
-    from wsol_nb.data.manifest import check_manifest, folder_manifest, problem_table, read_metadata
+    from wsol_nb.data.manifest import check_manifest, folder_manifest, read_metadata
     if command == 'synth':
         from wsol_nb.data.synth import write_world
         counts = {k: v for k, v in dict(n_train=n_train, n_val=n_val, n_test=n_test).items() if v is not None}
@@ -268,7 +268,7 @@ def _demo_table(trained, untrained):
     for n, v, t, c in trained.rows(): lines.append(f'{n:<44}{cell(v)}{cell(t, ".3f")}{cell(before.get(n))}{cell(c)}')
     return '\n'.join(lines)
 
-# %% ../nbs/92_cli.ipynb #ef045933
+# %% ../nbs/92_cli.ipynb #3eee5c76
 @call_parse
 def wsol_demo(
     out:str='demo', # folder for the world, the run and the reports
@@ -278,7 +278,6 @@ def wsol_demo(
 ):
     "Write a synthetic world, train a CAM classifier from scratch, show where it looks."
     import time
-    from fastai.callback.progress import ProgressCallback
     from wsol_nb.data.loaders import WSOLDataLoaders
     from wsol_nb.learner import adamw, save_run, wsol_learner
     from wsol_nb.localize import evaluate

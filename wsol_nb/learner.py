@@ -8,7 +8,7 @@ __all__ = ['sgd', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_method', 'me
            'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config', 'Checkpoint', 'resume',
            'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #288cff70
+# %% ../nbs/22_learner.ipynb #196be77a
 import importlib, json, math, os, platform, subprocess
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 import wsol_nb
 from .core import did_you_mean, set_seed
 from .data.loaders import WSOLDataLoaders
 from .localize import HeadMaps, evaluate, unwrap
-from .models import WSOLModel, make_body, wsol_model
+from .models import wsol_model
 from .pooling import GAPHead
 from .show import contact_sheet, examples, plot_curve
 from fastai.callback.core import Callback, CancelEpochException
@@ -184,7 +183,7 @@ def accuracy(
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-# %% ../nbs/22_learner.ipynb #eef7cf15
+# %% ../nbs/22_learner.ipynb #300dfd34
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str, # a timm CNN
@@ -211,10 +210,10 @@ def wsol_learner(
     learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + list(metrics or []),
                         cbs=added + list(cbs or []), path=path, model_dir='.')
     learn.method, learn.arch, learn.rows = method, arch, []
-    learn.config = dict(arch=arch, stride=stride, pretrained=str(pretrained), method=config)
+    learn.config = dict(arch=arch, stride=stride, pretrained=pretrained if isinstance(pretrained, bool) else str(pretrained), method=config)
     return learn
 
-# %% ../nbs/22_learner.ipynb #10ea9b4e
+# %% ../nbs/22_learner.ipynb #2dd1b32d
 def hardware()->dict: # {'cpu', 'cores', 'gpu'}
     "What this machine is, for reports."
     cpu = platform.processor() or platform.machine()
@@ -224,7 +223,7 @@ def hardware()->dict: # {'cpu', 'cores', 'gpu'}
 
 def _versions():
     "Versions and the commit of a checkout."
-    import fastai, timm, torchvision
+    import fastai, timm
     git = subprocess.run(['git', '-C', str(Path(wsol_nb.__file__).parent), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
     return dict(wsol_nb=wsol_nb.__version__, torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__, python=platform.python_version(),
                 commit=git.stdout.strip() or None)

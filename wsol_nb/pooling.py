@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['GAPHead']
 
-# %% ../nbs/21_pooling.ipynb #99e06ba2
-import torch
-from torch import nn
-
+# %% ../nbs/21_pooling.ipynb #89ffe346
 from .models import Head
 
 # %% ../nbs/21_pooling.ipynb #0fcc71c7

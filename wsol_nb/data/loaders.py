@@ -6,7 +6,7 @@
 __all__ = ['Geometry', 'draw_geometry', 'apply_geometry', 'to_tensor', 'MapStore', 'DataInfo', 'WSOLDataset', 'WSOLDL',
            'LocBatch', 'LocalizableSplit', 'WSOLDataLoaders']
 
-# %% ../../nbs/03_data.loaders.ipynb #17cfa1c7
+# %% ../../nbs/03_data.loaders.ipynb #138665a8
 import math, os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from ..core import check_boxes, check_score_map, did_you_mean, env_folder, read_image, resize_boxes
-from .manifest import check_manifest, describe_problems, drop_bad, folder_manifest, read_mask, read_metadata
+from .manifest import check_manifest, describe_problems, drop_bad, folder_manifest, labels_of, read_mask, read_metadata
 from .synth import write_world
 from fastai.data.core import DataLoaders, TfmdDL # after wsol_nb.core, see its end
 from fastai.torch_core import default_device
@@ -95,7 +95,7 @@ class MapStore:
         if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
         return check_score_map(np.load(f, allow_pickle=False), name=str(f)).astype(np.float32)
 
-# %% ../../nbs/03_data.loaders.ipynb #110ee1ce
+# %% ../../nbs/03_data.loaders.ipynb #0ebcbdc4
 @dataclass
 class DataInfo:
     "What all loaders of a dataset share."
@@ -112,20 +112,20 @@ class DataInfo:
 
     def __post_init__(self):
         df = self.manifest
-        if 'labels' not in df: df = df.assign(labels=[(l,) for l in df.label])
+        labels = labels_of(df)
         if (df.label < 0).any(): raise ValueError(f'{int((df.label < 0).sum())} images have no label, {df.image_id[df.label < 0].iloc[0]!r} first; skip_bad=True leaves them out')
-        train = df[df.split == self.roles.get('train', 'train')]
+        train = labels[df.split == self.roles.get('train', 'train')]
         names = df.drop_duplicates('label').set_index('label').class_name
-        if self.class_ids is None: self.class_ids = np.array(sorted({l for ls in train.labels for l in ls}))
+        if self.class_ids is None: self.class_ids = np.array(sorted({l for ls in train for l in ls}))
         if self.class_names is None: self.class_names = [str(names.get(i, i)) for i in self.class_ids]
-        self.multi_label = bool(df.labels.map(len).max() > 1)
-        for s, part in df.groupby('split', sort=False):
-            new = sorted({l for ls in part.labels for l in ls} - set(self.class_ids.tolist()))
+        self.multi_label = bool(labels.map(len).max() > 1)
+        for s, part in labels.groupby(df.split, sort=False):
+            new = sorted({l for ls in part for l in ls} - set(self.class_ids.tolist()))
             if new: raise ValueError(f'split {s!r} has classes {new[:5]} that are not in {self.roles.get("train", "train")!r} ({", ".join(map(str, names.reindex(new[:5])))})')
 
     def targets(self, df):
         "Positions in `class_ids`, (n,) int64; several classes an image: multi-hot (n,C) float32."
-        several = df['labels'] if 'labels' in df else df.label.map(lambda l: (l,))
+        several = labels_of(df)
         strange = sorted({l for ls in several for l in ls} - set(self.class_ids.tolist()))
         if strange: raise ValueError(f'label: classes {strange[:5]} are none of the {len(self.class_ids)} training classes')
         if not self.multi_label: return np.searchsorted(self.class_ids, df.label.to_numpy())

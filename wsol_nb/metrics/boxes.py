@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TAUS', 'box_iou', 'LevelBoxes', 'level_boxes', 'map_boxes', 'Overlaps', 'box_overlaps', 'BoxAcc', 'centre_map']
 
-# %% ../../nbs/10_metrics.boxes.ipynb #3613a911
+# %% ../../nbs/10_metrics.boxes.ipynb #25fbae68
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import check_boxes, check_score_map, minmax
+from ..core import check_boxes, check_score_map
 
 # %% ../../nbs/10_metrics.boxes.ipynb #54f7ea4f
 def box_iou(
