@@ -101,7 +101,7 @@ def _tables():
 
 _UNITE, _CHANGE = _tables()
 
-# %% ../../nbs/10_metrics.boxes.ipynb #e78536e7
+# %% ../../nbs/10_metrics.boxes.ipynb #848f91d7
 _X0, _Y0, _X1, _Y1, _FIRST, _FLOOR, _SIZE, _AREA, _EULER = range(9) # first pixel in raster order; floor of 2×the filled area
 
 @compiled
@@ -119,6 +119,7 @@ def _by_level(u):
             at[u[y, x]] += 1
     return order, first
 
+# %% ../../nbs/10_metrics.boxes.ipynb #66b89ca5
 @compiled
 def _add(pixels, width, there, parent, node, alive, place, n, step, unite, change):
     "Add pixels to the components; returns how many are alive. The outside, index 0, never is."
@@ -312,7 +313,7 @@ def one_box(
     "A box that holds at every τ, for methods without a map."
     return LevelBoxes(check_boxes([box], name='box'), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(len(TAUS if taus is None else taus), np.int64))
 
-# %% ../../nbs/10_metrics.boxes.ipynb #c256adf6
+# %% ../../nbs/10_metrics.boxes.ipynb #b2e6b23f
 _POISSON = np.cumsum(np.exp(-1)/np.cumprod([1, *range(1, 16)])) # distribution function of Poisson(1)
 
 def poisson_weights(
@@ -326,6 +327,7 @@ def poisson_weights(
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): z = (z ^ (z >> np.uint64(shift)))*np.uint64(factor)
     return np.searchsorted(_POISSON, ((z ^ (z >> np.uint64(31))) >> np.uint64(11))*2.**-53, side='right')
 
+# %% ../../nbs/10_metrics.boxes.ipynb #4bb90ae3
 class Counts:
     "Base of accumulators: int64 arrays named in `fields` that add up, settings that must agree, and resampled copies of one array."
     fields, same = (), ()
