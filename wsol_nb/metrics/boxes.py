@@ -327,7 +327,7 @@ def poisson_weights(
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): z = (z ^ (z >> np.uint64(shift)))*np.uint64(factor)
     return np.searchsorted(_POISSON, ((z ^ (z >> np.uint64(31))) >> np.uint64(11))*2.**-53, side='right')
 
-# %% ../../nbs/10_metrics.boxes.ipynb #4bb90ae3
+# %% ../../nbs/10_metrics.boxes.ipynb #b5078199
 class Counts:
     "Base of accumulators: int64 arrays named in `fields` that add up, settings that must agree, and resampled copies of one array."
     fields, same = (), ()
@@ -366,10 +366,12 @@ class Counts:
         "Add what another accumulator with the same settings has counted."
         for k in (*self.same, 'bootstrap', 'seed'):
             if not np.array_equal(getattr(self, k), getattr(other, k)): raise ValueError(f'other: counted with {k}={getattr(other, k)}, this one with {k}={getattr(self, k)}')
+        own = self.state()
         for k, v in other.state().items():
-            own, rows = self.state()[k], max(len(v), len(getattr(self, k))) if v.ndim else 0
-            if v.ndim: own, v = (np.concatenate((a, np.zeros((rows - len(a), *a.shape[1:]), np.int64))) for a in (own, v)) # one may know more classes
-            setattr(self, k, own + v)
+            if v.ndim and len(v) != len(own[k]): # one has seen more classes
+                few, v = sorted((own[k], v), key=len)
+                own[k] = np.concatenate((few, np.zeros_like(v[len(few):])))
+            setattr(self, k, own[k] + v)
         return self
 
 # %% ../../nbs/10_metrics.boxes.ipynb #7e4bb30d
@@ -415,7 +417,7 @@ class BoxAcc(Counts):
         if label >= len(self.classes): self.classes = np.concatenate((self.classes, np.zeros((label + 1 - len(self.classes), hits.shape[1] + 1), np.int64)))
         self.classes[label] += (1, *hit[:, abs(self.taus - self.fixed).argmin()])
 
-# %% ../../nbs/10_metrics.boxes.ipynb #b0d15803
+# %% ../../nbs/10_metrics.boxes.ipynb #098455a7
 def _interval(values): return dict(zip(('low', 'high'), np.percentile(values, (2.5, 97.5)).tolist()))
 
 @patch
@@ -426,7 +428,8 @@ def _at(self:BoxAcc, kind, d, tau):
     if tau is not None and abs(self.taus[at] - tau) > .01: raise ValueError(f'taus: {tau} is not among the thresholds that were counted')
     out = dict(value=100*int(c[at])/int(self.n), tau=float(self.taus[at]))
     if not self.bootstrap: return out, None
-    replicates = 100*(boot.max(1) if tau is None else boot[:, at])/np.maximum(self.boot_n, 1)
+    drawn = self.boot_n > 0 # of few images a replicate may hold none
+    replicates = 100*(boot.max(1) if tau is None else boot[:, at])[drawn]/self.boot_n[drawn]
     return out | _interval(replicates), replicates
 
 @patch
@@ -452,7 +455,7 @@ def corloc(self:BoxAcc)->dict: # {'tau', 'image': {δ: %}, 'class': {δ: %} or N
     return dict(tau=float(self.taus[at]), image=name(100*self.counts[0, :, at]/int(self.n)),
                 **{'class': name(100*(seen[:, 1:]/seen[:, :1]).mean(0)) if len(seen) else None})
 
-# %% ../../nbs/10_metrics.boxes.ipynb #4dcc2612
+# %% ../../nbs/10_metrics.boxes.ipynb #34873152
 @patch
 def compute(self:BoxAcc)->dict: # percentages, τs and the curves
     "MaxBoxAcc (largest contour), MaxBoxAccV2 (all contours), Top-1 and Top-5 localization, CorLoc, coverage and BoxAcc curves."
@@ -461,7 +464,7 @@ def compute(self:BoxAcc)->dict: # percentages, τs and the curves
     curve = dict(taus=self.taus.tolist(), deltas=self.deltas.tolist(), single=(100*self.counts[0]/n).tolist(), multi=(100*self.counts[1]/n).tolist(),
                  coverage=(100*self.coverage/n/_UNIT).tolist())
     if self.bootstrap:
-        low, high = np.percentile(100*self.boot[:, 0]/np.maximum(self.boot_n, 1)[:, None, None], (2.5, 97.5), axis=0).round(3).tolist()
+        low, high = np.percentile(100*self.boot[self.boot_n > 0, 0]/self.boot_n[self.boot_n > 0][:, None, None], (2.5, 97.5), axis=0).round(3).tolist()
         curve |= dict(single_low=low, single_high=high)
     return dict(n=n, max_box_acc=s['single'], max_box_acc_v2=s['v2']['value'], v2_interval=[s['v2'][k] for k in ('low', 'high')] if self.bootstrap else None,
                 max_box_acc_multi=s['multi'], top1_loc=s['top1'], top5_loc=s['top5'], corloc=self.corloc(),

@@ -39,7 +39,7 @@ def check_mask(
     if len(odd): raise ValueError(f'{name}: expected values 0, 1 and 255 (ignored), got {np.unique(odd)[:5].tolist()} too')
     return mask.astype(np.uint8)
 
-# %% ../../nbs/11_metrics.pixels.ipynb #36169ff0
+# %% ../../nbs/11_metrics.pixels.ipynb #e67d60b6
 _UNIT = 2**32 # means of images are summed in fixed point
 
 class PxAP(Counts):
@@ -62,15 +62,19 @@ class PxAP(Counts):
         self.hist, self.f1, self.f1_n, self.ones = (np.zeros(n, np.int64) for n in ((2, len(self.edges) - 1), 2, 2, 1))
         self._start(self.hist.shape, *self._args)
 
-    def update(self,
+    def measure(self,
         score_map, # (H,W) in [0,1]
         mask, # (H,W) 0 background, 1 foreground, 255 ignored
-        image_id:str=None, # for messages, and needed with bootstrap
-    )->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
-        "Count one image."
+        image_id:str=None, # for messages
+    )->tuple: # histograms (2, bins) and (TN,FN,FP,TP) at the fixed τ
+        "Look at one image without counting it; threads may."
         of = '' if image_id is None else f' of {image_id}'
         s = check_score_map(score_map, f'score_map{of}')
-        hist, (tn, fn, fp, tp) = _count(s.ravel(), check_mask(mask, s.shape, f'mask{of}').ravel(), self.edges, self.tau)
+        return _count(s.ravel(), check_mask(mask, s.shape, f'mask{of}').ravel(), self.edges, self.tau)
+
+    def add(self, hist, at, image_id=None)->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
+        "Count what `measure` saw."
+        tn, fn, fp, tp = at
         self.n += 1
         self.hist += hist
         self._resample(image_id, hist)
@@ -81,6 +85,10 @@ class PxAP(Counts):
         p = (tp + fn)/max(tp + fn + fp + tn, 1)
         self.ones += int(round(2*p/(1 + p)*_UNIT))
         return tuple(np.where(has, f1, np.nan).tolist())
+
+    def update(self, score_map, mask, image_id=None)->tuple: # F1+ and F1− of the image
+        "Measure and count one image; the id stands in messages, and the bootstrap needs it."
+        return self.add(*self.measure(score_map, mask, image_id), image_id)
 
 # %% ../../nbs/11_metrics.pixels.ipynb #f3837c74
 def _rates(hist):
