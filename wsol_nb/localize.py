@@ -239,7 +239,7 @@ class Scorer:
             out |= dict(boxes_px=self.accs['boxes_px'].measure(found, mask, image_id), centre_px=self.accs['centre_px'].measure(self.centre_map, mask, image_id))
         return out | dict(empty=is_map and not found.any(), no_box=not len(boxes), no_mask=mask is None, no_map=not is_map)
 
-# %% ../nbs/12_localize.ipynb #c8fbc1bb
+# %% ../nbs/12_localize.ipynb #a9638d4d
 @patch
 def count(self:Scorer,
     seen:dict, # from `look`
@@ -255,8 +255,8 @@ def count(self:Scorer,
     for k in ('boxes', 'centre'):
         if k in seen: self.accs[k].update(seen[k], *(right or (False, False)), label, image_id)
     if 'boxes_px' not in seen: return {}
-    self.accs['centre_px'].add(*seen['centre_px'], image_id)
-    return dict(zip(('f1_pos', 'f1_neg'), self.accs['boxes_px'].add(*seen['boxes_px'], image_id)))
+    self.accs['centre_px'].add(seen['centre_px'], image_id)
+    return dict(zip(('f1_pos', 'f1_neg'), self.accs['boxes_px'].add(seen['boxes_px'], image_id)))
 
 @patch
 def state(self:Scorer)->dict: # {name: int64 array}

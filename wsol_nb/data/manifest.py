@@ -316,7 +316,7 @@ class Truth:
         masks = self.df['mask'][i]
         return read_mask(masks, self.df['ignore'][i], (self.size, self.size)) if len(masks) else None
 
-# %% ../../nbs/02_data.manifest.ipynb #e0a7033f
+# %% ../../nbs/02_data.manifest.ipynb #2c450bfc
 class MapStore:
     "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
     def __init__(self,
@@ -351,4 +351,5 @@ class MapStore:
         if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
         try: s = np.load(f, allow_pickle=False)
         except (ValueError, OSError, EOFError) as e: raise ValueError(f'map of {image_id}: {f} cannot be read as an array ({e})') from None
+        if s.dtype.kind not in 'fiub': raise ValueError(f'map of {image_id}: expected numbers, got an array of {s.dtype}')
         return check_score_map(s, name=f'map of {image_id}').astype(np.float32)

@@ -5,27 +5,30 @@
 # %% auto #0
 __all__ = ['check_mask', 'PxAP', 'average_precision']
 
-# %% ../../nbs/11_metrics.pixels.ipynb #d4e4c940
+# %% ../../nbs/11_metrics.pixels.ipynb #7ed0575c
+import math
+
 import numpy as np
 from fastcore.basics import patch
 
 from ..core import check_score_map
 from .boxes import TAUS, Counts, _interval, compiled
 
-# %% ../../nbs/11_metrics.pixels.ipynb #364e1f7e
+# %% ../../nbs/11_metrics.pixels.ipynb #4bfa4b31
 @compiled
-def _count(s, mask, edges, tau):
-    "Pixels of background and foreground in each bin of `edges`, and (TN,FN,FP,TP) at `tau`."
-    hist, at = np.zeros((2, len(edges) - 1), np.int64), np.zeros(4, np.int64)
-    n = len(edges) - 3
+def _count(s, mask, edges):
+    "Pixels of background and foreground in each bin of `edges`, and whether all values are sound."
+    bins = len(edges) - 1
+    hist = np.zeros(2*bins, np.int64)
     for i in range(s.size):
-        if mask[i] == 255: continue
-        k = int(s[i]*n) # right for even steps, but for rounding
-        while s[i] < edges[k]: k -= 1
-        while s[i] >= edges[k + 1]: k += 1
-        hist[mask[i], k] += 1
-        at[2*(s[i] >= tau) + mask[i]] += 1
-    return hist, at
+        v, m = s[i], mask[i]
+        if not 0 <= v <= 1 or m > 1 and m != 255: return hist, False
+        if m == 255: continue
+        k = int(v*(bins - 2)) # right for even steps, but for rounding
+        while v < edges[k]: k -= 1
+        while v >= edges[k + 1]: k += 1
+        hist[m*bins + k] += 1
+    return hist, True
 
 def check_mask(
     mask, # what should be a mask
@@ -39,7 +42,7 @@ def check_mask(
     if len(odd): raise ValueError(f'{name}: expected values 0, 1 and 255 (ignored), got {np.unique(odd)[:5].tolist()} too')
     return mask.astype(np.uint8)
 
-# %% ../../nbs/11_metrics.pixels.ipynb #e67d60b6
+# %% ../../nbs/11_metrics.pixels.ipynb #9861eab0
 _UNIT = 2**32 # means of images are summed in fixed point
 
 class PxAP(Counts):
@@ -53,8 +56,10 @@ class PxAP(Counts):
     ):
         self.taus = TAUS if taus is None else np.asarray(taus, dtype=np.float64)
         if self.taus[0] != 0 or (np.diff(self.taus) <= 0).any() or self.taus[-1] >= 1: raise ValueError(f'taus: expected thresholds that start at 0 and rise below 1, got {self.taus.tolist()[:5]}')
-        if not 0 < tau < 1: raise ValueError(f'tau={tau}: expected 0 < tau < 1')
-        self.tau, self.edges, self._args = tau, np.append(self.taus, [1., 2., 3.]), (bootstrap, seed)
+        self.edges, self._args = np.append(self.taus, [1., 2., 3.]), (bootstrap, seed)
+        self.at = int(abs(self.edges[:-2] - tau).argmin())
+        if not 0 < tau < 1 or abs(self.edges[self.at] - tau) > 1e-6: raise ValueError(f'tau={tau}: expected one of the thresholds, above 0')
+        self.tau = float(self.edges[self.at])
         self.reset()
 
     def reset(self):
@@ -66,29 +71,34 @@ class PxAP(Counts):
         score_map, # (H,W) in [0,1]
         mask, # (H,W) 0 background, 1 foreground, 255 ignored
         image_id:str=None, # for messages
-    )->tuple: # histograms (2, bins) and (TN,FN,FP,TP) at the fixed τ
+    )->np.ndarray: # (2, bins)
         "Look at one image without counting it; threads may."
+        s, m = np.asarray(score_map, dtype=np.float64), np.asarray(mask)
+        if s.shape == m.shape and s.ndim == 2 and m.dtype in (np.uint8, bool):
+            hist, sound = _count(s.ravel(), m.ravel().view(np.uint8), self.edges)
+            if sound: return hist.reshape(2, -1)
         of = '' if image_id is None else f' of {image_id}'
-        s = check_score_map(score_map, f'score_map{of}')
-        return _count(s.ravel(), check_mask(mask, s.shape, f'mask{of}').ravel(), self.edges, self.tau)
+        s = check_score_map(s, f'score_map{of}') # names what is wrong
+        return _count(s.ravel(), check_mask(m, s.shape, f'mask{of}').ravel(), self.edges)[0].reshape(2, -1)
 
-    def add(self, hist, at, image_id=None)->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
+    def add(self, hist, image_id=None)->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
         "Count what `measure` saw."
-        tn, fn, fp, tp = at
+        (tn, fn), (fp, tp) = hist[:, :self.at].sum(1).tolist(), hist[:, self.at:].sum(1).tolist()
         self.n += 1
         self.hist += hist
         self._resample(image_id, hist)
-        has = np.array([tp + fn, tn + fp]) > 0
-        f1 = np.array([2*tp, 2*tn])/np.maximum([2*tp + fp + fn, 2*tn + fp + fn], 1)
-        self.f1_n += has
-        self.f1 += np.rint(f1*has*_UNIT).astype(np.int64)
+        found = []
+        for i, (hit, all_of) in enumerate(((tp, tp + fn), (tn, tn + fp))):
+            f1 = 2*hit/(2*hit + fp + fn) if all_of else math.nan
+            if all_of: self.f1[i] += round(f1*_UNIT); self.f1_n[i] += 1
+            found.append(f1)
         p = (tp + fn)/max(tp + fn + fp + tn, 1)
-        self.ones += int(round(2*p/(1 + p)*_UNIT))
-        return tuple(np.where(has, f1, np.nan).tolist())
+        self.ones += round(2*p/(1 + p)*_UNIT)
+        return tuple(found)
 
     def update(self, score_map, mask, image_id=None)->tuple: # F1+ and F1− of the image
         "Measure and count one image; the id stands in messages, and the bootstrap needs it."
-        return self.add(*self.measure(score_map, mask, image_id), image_id)
+        return self.add(self.measure(score_map, mask, image_id), image_id)
 
 # %% ../../nbs/11_metrics.pixels.ipynb #f3837c74
 def _rates(hist):
@@ -124,7 +134,7 @@ def summary(self:PxAP,
         out[k] = dict(value=float(c[k][at]), tau=float(edges[at]))
     return out
 
-# %% ../../nbs/11_metrics.pixels.ipynb #aa563dff
+# %% ../../nbs/11_metrics.pixels.ipynb #461198f6
 @patch
 def compute(self:PxAP)->dict: # percentages, τs and curves
     "PxAP, best pooled Dice and mIoU, F1+ and F1− at the fixed τ with the all-ones baseline, pixel confusion, areas under the curves."
@@ -132,7 +142,7 @@ def compute(self:PxAP)->dict: # percentages, τs and curves
     negatives, positives = self.hist.sum(1).tolist()
     if not positives: raise ValueError(f'none of the {int(self.n)} masks has a foreground pixel, so there is no PxAP')
     self._flush()
-    curves, at, edges = _curves(self.hist), int(abs(self.edges[:-2] - self.tau).argmin()), self.edges[:-2]
+    curves, at, edges = _curves(self.hist), self.at, self.edges[:-2]
     mean = lambda total, n: 100*int(total)/int(n)/_UNIT if n else None
     pxap = dict(value=100*float(average_precision(self.hist)))
     if self.bootstrap: pxap |= _interval(100*average_precision(self.boot))
