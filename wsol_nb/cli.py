@@ -265,12 +265,24 @@ def wsol_localize(
         found.append(f)
     return found
 
-# %% ../nbs/92_cli.ipynb #e30a93cb
+# %% ../nbs/92_cli.ipynb #5bb72181
 def _summary(df):
-    "A line a split: images, classes, boxes, masks."
+    "A line a split: images, classes, boxes, masks; shots and videos where there are."
     for s, part in df.groupby('split', sort=False):
-        yield f'{s:>8}: {len(part)} images, {part.label[part.label >= 0].nunique()} classes, {int(part.boxes.map(len).sum())} boxes, {int(part["mask"].map(len).sum())} masks'
+        files, empty = sum(bool(f) for m in part['mask'] for f in m), int((part['mask'] == ('',)).sum())
+        counts = dict(images=len(part), classes=part.label[part.label >= 0].nunique(), boxes=int(part.boxes.map(len).sum()), masks=files)
+        unseen = int((part.boxes.map(len).eq(0) & part['mask'].map(len).eq(0)).sum())
+        if empty: counts['images without foreground'] = empty
+        if 0 < unseen < len(part): counts['not annotated'] = unseen
+        if 'video' in df: counts.update(shots=part['shot'].nunique(), videos=part.video.nunique())
+        yield f'{s:>8}: ' + ', '.join(f'{n} {what}' for what, n in counts.items())
 
+def _class_ids(text):
+    "Class ids from '0' or '0,3'."
+    try: return [int(i) for i in str(text).split(',')]
+    except ValueError: raise ValueError(f'negative={text!r}: expected class ids, e.g. 0 or 0,3') from None
+
+# %% ../nbs/92_cli.ipynb #4899c35c
 @call_parse
 def wsol_data(
     command:str, # synth (write a world) or check (a dataset)
@@ -280,6 +292,8 @@ def wsol_data(
     seed:int=0, # of a world
     overwrite:bool=False, # replace another world
     images:bool=True, # check: decode every image
+    negative:str=None, # check: class ids, 0 or 0,3, whose images have no foreground by definition
+    reach:float=None, # check: pixels by which a box may leave its image, to be cut; default: the dataset's own
 ):
     "`wsol_data synth FOLDER` writes a synthetic world; `wsol_data check FOLDER` names everything wrong with a dataset."
     from wsol_nb.data.manifest import check_manifest, folder_manifest, read_metadata
@@ -290,9 +304,11 @@ def wsol_data(
         df = read_metadata(root, 'SYNTH')
     elif command == 'check':
         s = _source(root, dataset)
-        df = read_metadata(root, s['dataset'], strict=False) if s['kind'] == 'metadata' else folder_manifest(root)
+        negative = None if negative is None else _class_ids(negative)
+        df = read_metadata(root, s['dataset'], strict=False, negative=negative, reach=reach) if s['kind'] == 'metadata' else folder_manifest(root)
     else: raise ValueError(f'command={command!r}: expected synth or check')
     print('\n'.join(_summary(df)))
+    for note in df.attrs.get('notes', []): print(f'note: {note}')
     if command == 'synth': return df
     problems = check_manifest(df, images=images, progress=len(df) > 500)
     for p in problems.itertuples(): print(f'{p.where}: {p.problem}')

@@ -68,14 +68,14 @@ def check_score_map(
     if s.min() < 0 or s.max() > 1: raise ValueError(f'{name}: expected values in [0,1], got {s.min():.4g} to {s.max():.4g}')
     return s
 
-# %% ../nbs/00_core.ipynb #fe787ecc
+# %% ../nbs/00_core.ipynb #83317a84
 def resize_boxes(
-    boxes, # (n,4) boxes in an image of `size`
+    boxes, # (n,4) boxes in an image of `size`; fractions of a pixel count until the end
     size, # (W,H) of that image
     to, # (W,H) of the target grid
 )->np.ndarray: # (n,4) int64 boxes on the grid
     "Boxes moved to another image size, each coordinate truncated as in the reference WSOL protocol."
-    boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
+    boxes = np.asarray(boxes).reshape(-1, 4)
     return (boxes*np.tile(to, 2)/np.tile(size, 2)).astype(np.int64)
 
 def check_boxes(

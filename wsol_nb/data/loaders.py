@@ -314,21 +314,25 @@ def new(self:WSOLDataLoaders, *args, loaders=None, **kwargs):
     loaders = loaders or [dl.new(*args, **kwargs) for dl in self.loaders]
     return type(self)(*loaders, path=self.path, device=self.device, info=self.info)
 
-# %% ../../nbs/03_data.loaders.ipynb #c8592bc0
+# %% ../../nbs/03_data.loaders.ipynb #7536671f
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source'])
 def from_metadata(cls:WSOLDataLoaders,
     root=None, # folder with `metadata/<dataset>`; None: WSOL_DATA
     dataset:str='CUB', # e.g. 'CUB', 'GLAS/fold-0'
     images=None, # the images' folder; None: `root/<first part of dataset>`
+    negative=None, # class id or ids whose images have no foreground by definition
+    reach:float=None, # pixels by which a box may leave its image, to be cut at the border; None: the dataset's own
     **kwargs
 ):
-    "Loaders of a dataset in the WSOL metadata layout."
+    "Loaders of a dataset in the WSOL metadata layout; says what `read_metadata` put right."
     root = root or env_folder('WSOL_DATA')
     if root is None: raise ValueError('root: expected a folder with metadata/<dataset>, or WSOL_DATA set to one')
     root, skip = Path(root).resolve(), kwargs.get('skip_bad', False)
-    df = read_metadata(root, dataset, images=images, strict=not skip)
-    source = dict(kind='metadata', root=str(root), dataset=dataset, images=str(images) if images else None)
+    options = {k: v for k, v in dict(negative=negative, reach=reach).items() if v is not None}
+    df = read_metadata(root, dataset, images=images, strict=not skip, **options)
+    for note in df.attrs['notes']: print(f'{dataset} {note}')
+    source = dict(kind='metadata', root=str(root), dataset=dataset, images=str(images) if images else None, **options)
     return cls.from_manifest(df, source=source, **kwargs)
 
 # %% ../../nbs/03_data.loaders.ipynb #def52c4e
