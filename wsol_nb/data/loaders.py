@@ -211,7 +211,7 @@ class LocalizableSplit(Truth):
             rows = self.order[n*self.bs:n*self.bs + len(x)]
             yield LocBatch(x.to(self.device), y.to(self.device), rows, [self.boxes[i] for i in rows])
 
-# %% ../../nbs/03_data.loaders.ipynb #90148f1d
+# %% ../../nbs/03_data.loaders.ipynb #03724bf6
 def _sound(df, check, skip_bad, train, test):
     "The manifest after its check, and the rows left out."
     if not (check or skip_bad): return df, None
@@ -225,13 +225,16 @@ def _sound(df, check, skip_bad, train, test):
     print(f'skipped {len(dropped)} of {len(df)} images: {describe_problems(problems)}')
     return sound, dropped
 
-def _role(df, splits, role, needed):
-    "The split that plays a role, checked."
-    name, have = splits[role], df.split.unique().tolist()
-    if name in have: return name
-    if needed: raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
+def _roles(df, train, valid, tune, test):
+    "Which split trains, selects by class, selects and tunes by truth, tests: the survey's valcl and valpx where there is no val."
+    have = df.split.unique().tolist()
+    valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
+    roles = dict(train=train, valid=valid, tune=tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid), test=test)
+    for role, name in roles.items():
+        if name not in have and role != 'test': raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
+    return {role: name if name in have else None for role, name in roles.items()}
 
-# %% ../../nbs/03_data.loaders.ipynb #ae663b15
+# %% ../../nbs/03_data.loaders.ipynb #c0b4ca29
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -265,15 +268,11 @@ class WSOLDataLoaders(DataLoaders):
         resize = resize or round(size*8/7)
         if not isinstance(bs, int) or bs < 1: raise ValueError(f'bs={bs!r}: expected a whole number of at least 1')
         if not 0 < size <= resize: raise ValueError(f'size={size}, resize={resize}: expected 0 < size <= resize')
-        have = df.split.unique()
-        valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
-        roles = dict(train=train, valid=valid, tune=tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid), test=test)
         df, skipped = _sound(df, check, skip_bad, train, test)
-        splits = {r: _role(df, roles, r, needed=r != 'test') for r in roles}
-        info = DataInfo(df, size, resize, seed, exif, splits, source or {}, skipped)
+        info = DataInfo(df, size, resize, seed, exif, _roles(df, train, valid, tune, test), source or {}, skipped)
         device = device or default_device()
         if num_workers is None: num_workers = 0 if torch.device(device).type == 'cpu' else min(8, os.cpu_count() or 1)
-        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == valid], info)
+        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == info.roles['valid']], info)
         common = dict(num_workers=num_workers, device=device)
         return cls(WSOLDL(ds[0], bs=bs, shuffle=True, drop_last=len(ds[0]) >= bs, **common), WSOLDL(ds[1], bs=bs, **common), device=device, info=info)
 
