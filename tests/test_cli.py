@@ -139,8 +139,15 @@ def test_selection(world, tmp_path, select, column):
     report = json.loads((tmp_path/'run/report-val.json').read_text())
     kept = report['boxes']['max_box_acc']['0.5']['value'] if select == 'loc' else report['accuracy']['top1']/100
     assert kept == pytest.approx(history[column].max(), abs=1e-6)
-    best = torch.load(tmp_path/'run/best.pth', weights_only=True)
-    assert all(torch.equal(v, best[k]) for k, v in load_run(tmp_path/'run').model.state_dict().items())
+    best, run = json.loads((tmp_path/'run/selection.json').read_text()), tmp_path/'run'
+    assert best[select] == dict(epoch=int(history[column].idxmax()), column=column, value=pytest.approx(history[column].max())) and best['last'] == dict(epoch=2)
+    assert all(torch.equal(v, load_run(run, select=select).model.state_dict()[k]) for k, v in load_run(run).model.state_dict().items())
+    last = torch.load(run/'checkpoint.pt', weights_only=True)['model']
+    assert all(torch.equal(v, last[k]) for k, v in load_run(run, select='last').model.state_dict().items())
+    text = wsol('eval', run, '--bootstrap', 0)
+    assert all(f'{n} ({best[k]["epoch"] + 1})' in text for n, k in (('last', 'last'), ('B-LOC', 'loc'), ('B-CL', 'cl')))
+    report = json.loads((run/'report-test.json').read_text())
+    assert [r['selection'].split()[0] for r in report['ledger']][::3][0] == {'loc': 'B-LOC', 'cl': 'B-CL'}[select] and len(report['ledger']) == 9
 
 
 def test_folder_without_boxes(world, tmp_path):
@@ -154,7 +161,7 @@ def test_folder_without_boxes(world, tmp_path):
     assert 'nothing to localize against' in text and 'accuracy' in text and 'MaxBoxAcc' not in text
     assert 'data:image/jpeg' in (tmp_path/'run/report-val.html').read_text()
     assert '0.200, default' in wsol('localize', tmp_path/'run', next((tmp_path/'mine').rglob('*.jpg')), '--out', tmp_path)
-    assert 'the validation split has no boxes to select by' in wsol('train', '--data', tmp_path/'mine', '--out', tmp_path/'r2', '--select', 'loc', *TINY, code=1)
+    assert "split 'val' has no boxes or masks to select by" in wsol('train', '--data', tmp_path/'mine', '--out', tmp_path/'r2', '--select', 'loc', *TINY, code=1)
 
 
 def test_corrupt_image(world, tmp_path):
