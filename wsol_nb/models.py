@@ -15,7 +15,7 @@ from torch import nn
 from .core import did_you_mean, env_folder # before timm, see the end of 00_core
 import timm
 
-# %% ../nbs/20_models.ipynb #39d10da9
+# %% ../nbs/20_models.ipynb #6e8d7891
 class Head(nn.Module):
     "Features (B,K,h,w) to (logits (B,C), class maps (B,C,h,w)): a 1×1 classifier, then `pool` over positions."
     def __init__(self,
@@ -23,6 +23,7 @@ class Head(nn.Module):
         n_classes:int, # C
     ):
         super().__init__()
+        self.in_features = in_features
         self.classifier = nn.Conv2d(in_features, n_classes, 1)
         nn.init.normal_(self.classifier.weight, std=.01); nn.init.zeros_(self.classifier.bias)
 
@@ -30,10 +31,15 @@ class Head(nn.Module):
         "One number a map; the mean."
         return maps.mean((-2, -1))
 
-    def forward(self, features):
-        if features.ndim != 4: raise ValueError(f'features: a pooling head needs (B,K,h,w), got {tuple(features.shape)}')
+    def classify(self, features): # logits (B,C), maps (B,C,h,w)
+        "Class maps, then their pooling."
         maps = self.classifier(features) # b,c,h,w
         return self.pool(maps), maps
+
+    def forward(self, features):
+        if features.ndim != 4: raise ValueError(f'features: a pooling head needs (B,K,h,w), got {tuple(features.shape)}')
+        if features.shape[1] != self.in_features: raise ValueError(f'features: this {type(self).__name__} was made for {self.in_features} channels, got {tuple(features.shape)}')
+        return self.classify(features)
 
 # %% ../nbs/20_models.ipynb #2bcd4410
 def _blank(body, side=128):
