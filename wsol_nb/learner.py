@@ -33,7 +33,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #37394000
+# %% ../nbs/22_learner.ipynb #e40e5215
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
@@ -65,8 +65,8 @@ class Method:
         return []
 
     def param_groups(self, model)->list:
-        "Two lists of parameters, body and head: a `slice(lr_body, lr_head)` gives each its learning rate."
-        head = list(model.head.parameters())
+        "Two lists of parameters, body and head: `slice(lr_body, lr_head)` gives each its learning rate; the reference's ratio is 10."
+        head = model.late_parameters() if hasattr(model, 'late_parameters') else list(model.head.parameters())
         ids = set(map(id, head))
         return [[p for p in model.parameters() if id(p) not in ids], head]
 
