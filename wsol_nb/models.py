@@ -180,7 +180,7 @@ def load_body(
     body.load_state_dict(own | {k: v for k, v in state.items() if k in own})
     return left
 
-# %% ../nbs/20_models.ipynb #b08bdb4e
+# %% ../nbs/20_models.ipynb #78ba14ab
 class WSOLModel(nn.Module):
     "A body and a head: `forward` gives logits, `forward_maps` logits and class maps. Takes images in [0,1]."
     def __init__(self, body:nn.Module, head:nn.Module, mean=(.485, .456, .406), std=(.229, .224, .225), neck:nn.Module=None):
@@ -204,6 +204,7 @@ class WSOLModel(nn.Module):
         late = [self.head, self.neck, *(getattr(self.body, n) for n in getattr(self.body, 'late', ()))]
         return [p for m in late for p in m.parameters()]
 
+# %% ../nbs/20_models.ipynb #8bb0b087
 def wsol_model(
     arch:str, # a timm CNN, e.g. 'resnet50', 'mobilenetv2_100', or a reference net, e.g. 'wsol_vgg16'
     n_classes:int, # C
