@@ -1,11 +1,13 @@
-"""All pooling heads trained and scored in one table: python tools/pooling_table.py {synth,cub,glas} [--seeds 0 1 2] [--methods GAP LSE]
+"""All pooling heads trained and scored in one table: python tools/pooling_table.py {synth,parts,cub,glas} [--seeds 0 1 2] [--methods GAP LSE]
 
-synth writes and uses the default objects world, from scratch; cub and glas need WSOL_DATA and WSOL_WEIGHTS (mobilenetv2_100).
+synth is the default objects world, parts that world with parts of four sizes, both written here and learnt from scratch; cub and
+glas need WSOL_DATA and WSOL_WEIGHTS (mobilenetv2_100).
 Runs are saved below --runs and rows appended to nbs/pooling_<data>.csv, so an interrupted table goes on where it stopped.
 `--again` scores saved runs anew, e.g. when reports have gained columns. Hyper-parameters are each method's defaults; the last
 epoch is scored; nothing is chosen on the test split.
 """
 import argparse
+import itertools
 import os
 import time
 from pathlib import Path
@@ -14,20 +16,23 @@ import pandas as pd
 
 from wsol_nb.bottomup import BOTTOM_UP
 from wsol_nb.data.loaders import WSOLDataLoaders
+from wsol_nb.data.synth import ObjectsWorld
 from wsol_nb.learner import Checkpoint, adamw, hardware, load_run, resume, save_run, sgd, wsol_learner
 from wsol_nb.localize import evaluate
 
 root = Path(__file__).resolve().parent.parent
+SYNTH = dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32))
 RECIPES = dict(
-    synth=dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32)),
+    synth=SYNTH, parts=SYNTH | dict(worlds=[dict(part_ratio=p) for p in (.2, .3, .45, .6)]),
     cub=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=8, lr=(.005, .05), pretrained=True, data=dict(dataset='CUB', size=224, bs=25)),
     glas=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=40, lr=(.005, .05), pretrained=True,
               data=dict(dataset='GLAS/fold-0', size=224, bs=16, valid='valcl', recipe='histology')))
 
 
-def loaders(name, data, runs, seed):
-    if name == 'synth': return WSOLDataLoaders.from_synth(runs/'world', seed=seed, world_kw=dict(progress=False), **data)
-    return WSOLDataLoaders.from_metadata(seed=seed, **data)
+def loaders(recipe, world, runs, seed):
+    if 'dataset' in recipe['data']: return WSOLDataLoaders.from_metadata(seed=seed, **recipe['data'])
+    folder = '-'.join(['world', *(f'{k}={v}' for k, v in world.items())])
+    return WSOLDataLoaders.from_synth(runs/folder, ObjectsWorld(**world), seed=seed, world_kw=dict(progress=False), **recipe['data'])
 
 
 def train(method, recipe, dls, path):
@@ -50,6 +55,13 @@ def row_of(report):
     return {k: round(v, 3) for k, v in row.items() if v is not None}
 
 
+def cost(run):
+    "Processor time of the training, and of its part until the validation accuracy first reached 90 %."
+    seconds, accuracy = run.config['train']['cpu_seconds'], pd.read_csv(run.path/'history.csv').accuracy
+    reached = accuracy.ge(.9).to_numpy().nonzero()[0]
+    return dict(cpu_seconds=seconds, cpu_seconds_to_90=round(seconds*(reached[0] + 1)/len(accuracy), 1) if len(reached) else None)
+
+
 def write(rows, csv):
     part = csv.with_suffix('.part')
     pd.DataFrame(rows).to_csv(part, index=False)
@@ -61,8 +73,9 @@ def show(rows):
     df = pd.DataFrame(rows)
     df = df[df.split == 'test']
     named = [c for c in df.columns if f'centre: {c}' in df.columns]
-    table = df.groupby('method', sort=False)[[c for c in ('accuracy', *named) if c in df]].mean()
-    if named: table.loc['centre'] = df[[f'centre: {c}' for c in named]].mean().set_axis(named)
+    keys = ['method', *(c for c in ('part_ratio',) if c in df)]
+    table = df.groupby(keys, sort=False)[[c for c in ('accuracy', *named) if c in df]].mean()
+    if named and len(keys) == 1: table.loc['centre'] = df[[f'centre: {c}' for c in named]].mean().set_axis(named)
     print(table.round(1).to_string())
 
 
@@ -76,22 +89,22 @@ def main():
     a = p.parse_args()
     recipe, csv, methods = RECIPES[a.data], root/f'nbs/pooling_{a.data}.csv', {m.__name__: m for m in BOTTOM_UP}
     rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
-    for seed in a.seeds:
-        dls = loaders(a.data, recipe['data'], a.runs, seed)
+    for seed, world in itertools.product(a.seeds, recipe.get('worlds', [{}])):
+        dls = loaders(recipe, world, a.runs, seed)
         for name in a.methods:
-            is_ours = lambda r: (r['method'], r['seed']) == (name, seed)
+            key = dict(method=name, seed=seed) | world
+            is_ours = lambda r: all(r[k] == v for k, v in key.items())
             if any(map(is_ours, rows)) and not a.again: continue
-            path = a.runs/a.data/f'{name}-{seed}'
+            path = a.runs/a.data/'-'.join([name, str(seed), *map(str, world.values())])
             if not (path/'model.safetensors').is_file(): train(methods[name](), recipe, dls, path)
-            run, new = load_run(path), []
+            run, h, new = load_run(path), hardware(), []
             for split in ('valid', 'test'):
                 report = evaluate(run.localizer(), dls, split, progress=False)
-                h = hardware()
-                new.append(dict(method=name, seed=seed, split=report.protocol['split'], n=report.n) | row_of(report)
-                           | dict(cpu_seconds=run.config['train']['cpu_seconds'], hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
+                new.append(key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | cost(run)
+                           | dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
             rows = [r for r in rows if not is_ours(r)] + new
             write(rows, csv)
-            print(f'{a.data} {name} seed {seed}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]:.0f} s of CPU to train', flush=True)
+            print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]:.0f} s of CPU to train', flush=True)
     show(rows)
 
 
