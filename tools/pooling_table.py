@@ -23,7 +23,7 @@ from wsol_nb.localize import evaluate
 root = Path(__file__).resolve().parent.parent
 SYNTH = dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32))
 RECIPES = dict(
-    synth=SYNTH, parts=SYNTH | dict(worlds=[dict(part_ratio=p) for p in (.2, .3, .45, .6)]),
+    synth=SYNTH, parts=SYNTH | dict(worlds=[dict(part_ratio=p) for p in (.3, .4, .5, .6)]),
     cub=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=8, lr=(.005, .05), pretrained=True, data=dict(dataset='CUB', size=224, bs=25)),
     glas=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=40, lr=(.005, .05), pretrained=True,
               data=dict(dataset='GLAS/fold-0', size=224, bs=16, valid='valcl', recipe='histology')))
