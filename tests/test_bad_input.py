@@ -210,7 +210,7 @@ def test_maps_and_boxes(tmp_path):
     raises('boxes: box 0 is reversed', box_iou, [[3, 3, 1, 4]], [[0, 0, 1, 1]])
     raises('expected shape (n,4)', box_iou, [[3, 3, 1]], [[0, 0, 1, 1]])
     raises('no image was counted', BoxAcc().compute)
-    raises('counted at other δ or τ', BoxAcc().merge, BoxAcc(deltas=[.5]))
+    raises('other: counted with deltas=', BoxAcc().merge, BoxAcc(deltas=[.5]))
     (tmp_path/'a.jpg.npy').write_bytes(b'x')
     raises('no stored map', MapStore(tmp_path).load, 'b.jpg')
 

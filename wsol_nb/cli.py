@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'wsol_train', 'wsol_eval', 'localize_photo', 'wsol_localize', 'wsol_data', 'wsol_demo', 'parse', 'main']
 
-# %% ../nbs/92_cli.ipynb #d49ed815
+# %% ../nbs/92_cli.ipynb #ce89ed33
 import inspect, sys
 from pathlib import Path
 
-from fastcore.script import anno_parser, call_parse
+from fastcore.script import Param, anno_parser, call_parse
 
 # %% ../nbs/92_cli.ipynb #2e442992
 _METHODS = {'gap': 'wsol_nb.learner'} # where each method's module is, for `--method`
@@ -39,22 +39,14 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #a81d3ba6
+# %% ../nbs/92_cli.ipynb #795fbbaf
 def _learner(config, out):
     "Loaders and learner of a run's config."
-    from wsol_nb.learner import Checkpoint, loaders_from_config, method_from_dict, wsol_learner
+    from wsol_nb.learner import Checkpoint, KeepBest, loaders_from_config, method_from_dict, wsol_learner
     t = config['train']
     dls = loaders_from_config(config['data'] | dict(check=t['check'], skip_bad=t['skip_bad'], num_workers=t['workers']))
     method = method_from_dict(config['method'])
-    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], wd=t['wd'], path=out, cbs=[Checkpoint(out)])
-
-_MONITORS = dict(last=None, loc='max_box_acc', cl='accuracy') # what `--select` watches
-
-def _selection(select, boxed):
-    "fastai's tracker for `--select`."
-    from fastai.callback.tracker import SaveModelCallback
-    if select == 'loc' and not boxed: raise ValueError("select='loc': the validation split has no boxes to select by")
-    return [SaveModelCallback(monitor=_MONITORS[select], fname='best')] if _MONITORS[select] else []
+    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], wd=t['wd'], path=out, cbs=[Checkpoint(out), KeepBest(out)])
 
 def _new_config(out, resume, **given):
     "The config of a new run, or of the one to resume."
@@ -62,9 +54,9 @@ def _new_config(out, resume, **given):
     if resume: return read_config(out)
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
     if given['epochs'] < 1: raise ValueError(f"epochs={given['epochs']}: expected at least 1")
-    if given['select'] not in _MONITORS: raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
+    if given['select'] not in ('last', 'loc', 'cl'): raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
     data = _source(given['data'], given['dataset']) | {k: given[k] for k in ('size', 'resize', 'seed', 'bs')}
-    data['roles'] = dict(train='train', valid=given['valid'], test='test')
+    data['roles'] = dict(train='train', valid=given['valid'], tune=given['tune'], test='test')
     pretrained = {'true': True, 'yes': True, 'false': False, 'no': False}.get(str(given['pretrained']).lower(), given['pretrained'])
     train = {k: given[k] for k in ('epochs', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')}
     config = dict(schema=1, arch=given['arch'], stride=given['stride'] or None, pretrained=pretrained,
@@ -73,38 +65,38 @@ def _new_config(out, resume, **given):
     write_json(Path(out)/'config.json', config)
     return config
 
-# %% ../nbs/92_cli.ipynb #754ea72d
+# %% ../nbs/92_cli.ipynb #5bde617d
 def _tau(report):
-    "What config.json keeps for new photos: the τ of MaxBoxAcc at δ .5, and whose boxes it came from."
-    return dict(value=report.boxes['max_box_acc']['0.5']['tau'], source=f"{report.protocol['split']} boxes")
+    "What config.json keeps for new photos: the τ of MaxBoxAcc at δ .5 (or of the best Dice), and whose truth it came from."
+    value = report.boxes['max_box_acc']['0.5']['tau'] if report.boxes else report.pixels['dice']['tau']
+    return dict(value=value, source=f"{report.protocol['split']} {'boxes' if report.boxes else 'masks'}")
 
 def _fit(learn, train, out, resume):
     "Train what is left of the epochs."
     from wsol_nb.learner import resume as put_back
     done = put_back(learn, out) if resume else 0
     if resume: print(f'{done} of {train["epochs"]} epochs are done; the settings are those of {out}/config.json')
-    if done == train['epochs']:
-        if train['select'] != 'last': learn.load('best', with_opt=False)
-        return
+    if done == train['epochs']: return
     try: learn.fit_one_cycle(train['epochs'], slice(train['lr'], train['lr_head']))
     except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last finished epoch') from None
 
 def _finish(learn, train, out):
-    "Save the run and score it on its validation split."
-    from wsol_nb.learner import save_run
+    "Save the run and score it on the split that tunes."
+    from wsol_nb.learner import keep, save_run
     from wsol_nb.localize import evaluate
     dls, more = learn.dls, {}
-    split = dls.info.roles['valid']
-    if dls.localizable('valid').n_boxed:
-        report = evaluate(learn.localizer(), dls, 'valid')
-        report.save(Path(out)/f'report-{split}.json')
+    keep(learn, out, train['select'])
+    truth = dls.localizable('tune')
+    if truth.n_boxed or truth.n_masked:
+        report = evaluate(learn.localizer(), dls, 'tune')
+        report.save(Path(out)/f'report-{truth.split}.json')
         more['tau'] = _tau(report)
         print(report)
-    else: print(f'split {split!r} has no true boxes: there is nothing to localize against')
+    else: print(f'split {truth.split!r} has no true boxes or masks: there is nothing to localize against')
     save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)), **more)
     print(f'run: {out}')
 
-# %% ../nbs/92_cli.ipynb #0f040f14
+# %% ../nbs/92_cli.ipynb #29f0e123
 @call_parse
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
@@ -122,7 +114,8 @@ def wsol_train(
     bs:int=32, # batch size
     size:int=224, # side of the input and of the evaluation grid, pixels
     resize:int=None, # side before the training crop; default 8/7 of size
-    valid:str='val', # validation split
+    valid:str=None, # split that selects by class; default: val, else valcl
+    tune:str=None, # split that selects and tunes τ by truth; default: valpx beside valcl, else as valid
     select:str='last', # epoch to keep: last, loc (B-LOC) or cl (B-CL)
     seed:int=42, # of everything random
     workers:int=None, # loader processes; default 0 on a CPU
@@ -134,41 +127,90 @@ def wsol_train(
     given = {k: v for k, v in locals().items() if k not in ('out', 'resume')}
     config = _new_config(out, resume, **given)
     learn = _learner(config, out)
-    learn.add_cbs(_selection(config['train']['select'], learn.dls.localizable('valid').n_boxed))
+    truth = learn.dls.localizable('tune')
+    if select == 'loc' and not (truth.n_boxed or truth.n_masked): raise ValueError(f"select='loc': split {truth.split!r} has no boxes or masks to select by")
     _fit(learn, config['train'], out, resume)
     _finish(learn, config['train'], out)
     return learn
 
-# %% ../nbs/92_cli.ipynb #da555084
-@call_parse
-def wsol_eval(
-    run:str, # run folder
-    split:str='test', # split to score
-    data:str=None, # another root than the one trained on
-    preset:str=None, # how maps are made: wsoleval, fcam or prob; default: the method's own
-    skip_bad:bool=False, # leave bad images out, and say so
-    out:str=None, # where report-<split>.json and .html go; default: the run folder
-    workers:int=None, # loader processes; default 0 on a CPU
-    bs:int=32, # batch size
-):
-    "Score a run on a split: a table, a JSON report and an HTML page."
-    from wsol_nb.learner import load_run
-    from wsol_nb.localize import evaluate
+# %% ../nbs/92_cli.ipynb #d7137e12
+def _metadata(metadata, dataset):
+    "Root and dataset from a WSOL root, its metadata folder, or a dataset's folder in it."
+    from wsol_nb.core import did_you_mean
+    from wsol_nb.data.manifest import datasets_in
+    p = Path(metadata).resolve()
+    root = next((q.parent for q in (p, *p.parents) if q.name == 'metadata'), p)
+    known, inside = datasets_in(root), '' if p == root else p.relative_to(root/'metadata').as_posix()
+    if not known: raise ValueError(f'metadata={str(metadata)!r}: expected a folder that holds metadata/<dataset>/<split>/image_ids.txt')
+    name = dataset or (inside if inside not in ('', '.') else None) or (next(iter(known)) if len(known) == 1 else None)
+    if name not in known: raise ValueError(f'dataset={name!r}: {did_you_mean(name or "", known)}' if name else f'dataset: {root} has {", ".join(known)}; name one with --dataset')
+    return root, name
+
+def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
+    "Score stored maps; τ is carried over where the other split's maps are there too."
+    from wsol_nb.core import env_folder
+    from wsol_nb.data.manifest import MapStore, read_metadata
+    from wsol_nb.stored import score_maps
+    metadata = metadata or env_folder('WSOL_DATA')
+    if metadata is None: raise ValueError('metadata: expected --metadata ROOT, or WSOL_DATA set to one')
+    root, name = _metadata(metadata, dataset)
+    df, out, store = read_metadata(root, name), Path(out or 'maps-report'), MapStore(maps)
+    common = dict(size=size, name=f'maps in {Path(maps).name}', dataset=name, **scoring)
+    other = next((s for s in ((tau_from,) if tau_from != 'tune' else ('valpx', 'val', 'valcl')) if s in set(df.split) and s != split), None)
+    ready = other and all(i in store for i in df.image_id[df.split == other])
+    carried = score_maps(store, df, other, journal=out/f'journal-{other}.npz', **common | dict(bootstrap=0)) if ready else None
+    if other and not ready: print(f'the maps of split {other!r} are not all there, so no τ is carried over from it')
+    report = score_maps(store, df, split, tau_from=carried, journal=out/f'journal-{split}.npz', **common)
+    print(report)
+    print(f"written: {report.save(out/f'report-{split}.json')}")
+    return report
+
+def _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **scoring):
+    "Score a run folder."
+    from wsol_nb.learner import load_run, score_run
     from wsol_nb.show import write_report
     r = load_run(run)
     role = r.config['data']['roles'].get(split, split) or split
     dls = r.dls(check=[role], skip_bad=skip_bad, num_workers=workers, bs=bs, **({'root': data} if data else {}))
     if (dls.class_ids.tolist(), dls.vocab) != (r.config['class_ids'], r.config['class_names']): raise ValueError(f"data: its {dls.c} training classes ({dls.vocab[0]}, …) are not the {len(r.config['class_ids'])} of the run ({r.config['class_names'][0]}, …)")
     r.model.to(dls.device)
-    localizer = r.localizer()
-    report = evaluate(localizer, dls, split, preset)
-    out = Path(out or run)
-    report.save(out/f'report-{report.protocol["split"]}.json')
-    report.images.to_csv(out/f'images-{report.protocol["split"]}.csv', index=False)
-    page = write_report(out/f'report-{report.protocol["split"]}.html', report, localizer, dls, f'{Path(run).name} on {report.protocol["split"]}')
-    print(report)
-    print(f'written: {page}')
+    report, localizer = score_run(r, dls, split, preset=preset, tau_from=tau_from, **scoring)
+    out, split = Path(out or run), report.protocol['split']
+    report.save(out/f'report-{split}.json')
+    report.images.to_csv(out/f'images-{split}.csv', index=False)
+    page = write_report(out/f'report-{split}.html', report, localizer, dls, f'{Path(run).name} on {split}')
+    print(f'{report}\nwritten: {page}')
     return report
+
+# %% ../nbs/92_cli.ipynb #fef10343
+@call_parse
+def wsol_eval(
+    run:Param('run folder; none with --maps', str, opt=False, nargs='?')=None,
+    split:str='test', # split to score
+    data:str=None, # another root than the one trained on
+    preset:str=None, # how maps are made: wsoleval, fcam, prob or interpolation-order; default: the method's own
+    tau_from:str='tune', # split whose τs are carried over; none: no split
+    maps:str=None, # score this folder of <image_id>.npy maps instead of a run
+    metadata:str=None, # with --maps: WSOL root or metadata folder; default: WSOL_DATA
+    dataset:str=None, # with --maps: e.g. CUB or GLAS/fold-0, where the root has several
+    size:int=224, # with --maps: side of the maps and of the evaluation grid
+    bootstrap:int=200, # replicates for 95 % intervals; 0: none
+    fixed_tau:float=.2, # the τ of CorLoc
+    mask_tau:float=.5, # the τ of F1+ and F1−
+    first_box:bool=False, # only the first true box of an image counts
+    tight:bool=False, # boxes end at their last pixel instead of one past it
+    skip_bad:bool=False, # leave bad images out, and say so
+    out:str=None, # where the report goes; default: the run folder, or maps-report
+    workers:int=None, # loader processes; default 0 on a CPU
+    bs:int=32, # batch size
+):
+    "Score a run, or stored score maps, on a split: a table with the supervision ledger, a JSON report, for a run an HTML page."
+    from wsol_nb.metrics.boxes import BoxRules
+    if (run is None) == (maps is None): raise ValueError('run: expected a run folder, or --maps FOLDER')
+    scoring = dict(bootstrap=bootstrap, fixed_tau=fixed_tau, mask_tau=mask_tau, first_box=first_box, rules=BoxRules(tight=tight))
+    tau_from = None if str(tau_from).lower() == 'none' else tau_from
+    if maps: return _eval_maps(maps, metadata or data, dataset, split, size, tau_from, out, **scoring)
+    return _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **scoring)
 
 # %% ../nbs/92_cli.ipynb #3bff938f
 def localize_photo(
@@ -257,18 +299,18 @@ def wsol_data(
     print(f'{len(problems)} problem{"s" if len(problems) != 1 else ""}' if len(problems) else 'no problem found')
     return problems
 
-# %% ../nbs/92_cli.ipynb #2a0e0e63
+# %% ../nbs/92_cli.ipynb #b74c0a02
 DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3) # from scratch, a minute on a CPU core
 
 def _demo_table(trained, untrained):
     "Trained beside untrained beside the centre box, as text."
-    before = {n: v for n, v, _, _ in untrained.rows()}
+    before = {r.name: r.value for r in untrained.rows()}
     cell = lambda v, f='.1f': format('' if v is None else format(v, f), '>12')
     lines = [f'{"":<44}{"CAM":>12}{"τ":>12}{"untrained":>12}{"centre box":>12}']
-    for n, v, t, c in trained.rows(): lines.append(f'{n:<44}{cell(v)}{cell(t, ".3f")}{cell(before.get(n))}{cell(c)}')
+    for r in trained.rows(): lines.append(f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{cell(before.get(r.name))}{cell(r.centre)}')
     return '\n'.join(lines)
 
-# %% ../nbs/92_cli.ipynb #3eee5c76
+# %% ../nbs/92_cli.ipynb #66bc5579
 @call_parse
 def wsol_demo(
     out:str='demo', # folder for the world, the run and the reports
@@ -279,30 +321,30 @@ def wsol_demo(
     "Write a synthetic world, train a CAM classifier from scratch, show where it looks."
     import time
     from wsol_nb.data.loaders import WSOLDataLoaders
-    from wsol_nb.learner import adamw, save_run, wsol_learner
-    from wsol_nb.localize import evaluate
+    from wsol_nb.learner import KeepBest, adamw, keep, load_run, save_run, score_run, wsol_learner
+    from wsol_nb.localize import evaluate, ledger_text
     from wsol_nb.show import write_report
-    start, d = time.time(), DEMO | ({'epochs': epochs} if epochs else {})
+    start, d, run = time.time(), DEMO | ({'epochs': epochs} if epochs else {}), Path(out)/'run'
     counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
     dls = WSOLDataLoaders.from_synth(Path(out)/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
-    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes')
-    learn = wsol_learner(dls, d['arch'], stride=d['stride'], opt_func=adamw, wd=.05, localization=False, path=out)
-    untrained = evaluate(learn.localizer(), dls, 'test', progress=False)
+    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes and masks')
+    learn = wsol_learner(dls, d['arch'], stride=d['stride'], opt_func=adamw, wd=.05, cbs=KeepBest(run), path=out)
+    untrained = evaluate(learn.localizer(), dls, 'test', tau_from=None, bootstrap=0, progress=False)
     learn.fit_one_cycle(d['epochs'], d['lr'])
-    localizer = learn.localizer()
-    report = evaluate(localizer, dls, 'test', progress=False)
-    val = evaluate(localizer, dls, 'valid', progress=False)
-    val.save(Path(out)/'run/report-val.json')
-    save_run(learn, Path(out)/'run', tau=_tau(val))
+    keep(learn, run)
+    val = evaluate(learn.localizer(), dls, 'tune', progress=False)
+    val.save(run/'report-val.json')
+    save_run(learn, run, tau=_tau(val))
+    report, localizer = score_run(load_run(run, dls.device), dls, 'test', progress=False)
     report.save(Path(out)/'report.json'); untrained.save(Path(out)/'report-untrained.json')
-    m, (_, half, *_) = report.boxes['max_box_acc'], report.rows()[-1]
+    m, half = report.boxes['max_box_acc'], next(r.value for r in report.rows() if r.name.endswith('at τ=.5'))
     learnt = m['0.3']['value'] > report.centre['max_box_acc']['0.3']['value'] + 10 and half < 60
     lesson = 'Too little training for the lesson: CAM is not yet well above the centre box with a map on a part of the object.' if not learnt else (f"Trained on labels alone, CAM finds the objects, but it looks at the small part that tells the classes apart: where its map is above half its maximum, "
               f"the box holds {half:.0f} % of the object, and even the best τ for IoU ≥ .5 leaves {100 - report.boxes['coverage']['value']:.0f} % of it outside. "
               f"So MaxBoxAcc falls from {m['0.3']['value']:.0f} at δ .3 to {m['0.7']['value']:.0f} at δ .7.")
     table = _demo_table(report, untrained)
     page = write_report(Path(out)/'report.html', report, localizer, dls, 'wsol_nb demo: a CAM classifier on a synthetic world', before=[('What happened', lesson, f'<pre>{table}</pre>')])
-    print(f'{table}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run PHOTO')
+    print(f'{table}\n\n{ledger_text(report.ledger)}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run PHOTO')
     return report
 
 # %% ../nbs/92_cli.ipynb #d7167796

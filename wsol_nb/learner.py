@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sgd', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_method', 'method_from_dict', 'LocalizationMetrics',
-           'EpochSeed', 'EpochLog', 'WSOLLearner', 'accuracy', 'wsol_learner', 'hardware', 'write_json', 'run_config',
-           'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config', 'Checkpoint', 'resume',
-           'LocalizationInterpretation']
+           'EpochSeed', 'EpochLog', 'WSOLLearner', 'accuracy', 'wsol_learner', 'hardware', 'save_weights', 'write_json',
+           'run_config', 'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config',
+           'Checkpoint', 'resume', 'KeepBest', 'keep', 'score_run', 'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #7c15b190
+# %% ../nbs/22_learner.ipynb #fb7d1930
 import importlib, inspect, json, math, os, platform, subprocess
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import listify
 from torch import nn
 
 import wsol_nb
@@ -113,22 +114,27 @@ def method_from_dict(
     if d['module'].startswith('wsol_nb.'): importlib.import_module(d['module'])
     return find_method(d['name'])(**d['params'])
 
-# %% ../nbs/22_learner.ipynb #5ea729e9
+# %% ../nbs/22_learner.ipynb #47e5ef97
+_BOX_COLUMNS = dict(max_box_acc=lambda r: r.boxes['max_box_acc']['0.5']['value'], max_box_acc_v2=lambda r: r.boxes['max_box_acc_v2'], top1_loc=lambda r: r.boxes['top1_loc']['0.5']['value'])
+_MASK_COLUMNS = dict(pxap=lambda r: r.pixels['pxap']['value'], dice=lambda r: r.pixels['dice']['value'])
+
 class LocalizationMetrics(Callback):
-    "Adds localization on the validation split to fastai's log, as columns that trackers can monitor."
+    "Adds localization on a validation split to fastai's log, as columns that trackers can monitor."
     order = Recorder.order - 1 # its columns must be there when the Recorder names them, its values when it reads them
-    columns = ('max_box_acc', 'max_box_acc_v2', 'top1_loc')
     def __init__(self,
-        split:str='valid', # a split's name or role
+        split:str='tune', # a split's name or role
         every:int=1, # score each n-th epoch (and the last); the others repeat the last value
     ): self.split, self.every, self.values = split, every, {}
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if self.run and not self.dls.localizable(self.split).n_boxed:
-            print(f'no true boxes in split {self.split!r}: training without localization columns')
-            self.run = False
         if not self.run: return
+        truth = self.dls.localizable(self.split)
+        self.columns = (_BOX_COLUMNS if truth.n_boxed else {}) | (_MASK_COLUMNS if truth.n_masked else {})
+        if not self.columns:
+            print(f'no true boxes or masks in split {truth.split!r}: training without localization columns')
+            self.run = False
+            return
         self.values = dict.fromkeys(self.columns, math.nan)
         own = [ValueMetric(partial(self.values.get, c), c) for c in self.columns]
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.columns] + own
@@ -137,8 +143,8 @@ class LocalizationMetrics(Callback):
         if not self.values: return
         if self.dl is not self.dls.valid: self.values.update(dict.fromkeys(self.columns, math.nan)); return
         if self.learn.in_fit and (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
-        r = evaluate(self.learn.localizer(), self.dls, self.split, progress=False)
-        self.values.update(zip(self.columns, (r.boxes['max_box_acc']['0.5']['value'], r.boxes['max_box_acc_v2'], r.boxes['top1_loc']['0.5']['value'])))
+        r = evaluate(self.learn.localizer(), self.dls, self.split, tau_from=None, bootstrap=0, progress=False)
+        self.values.update({k: f(r) for k, f in self.columns.items()})
 
     def after_fit(self): self.run = True
 
@@ -195,7 +201,7 @@ def accuracy(
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-# %% ../nbs/22_learner.ipynb #8a9934d5
+# %% ../nbs/22_learner.ipynb #2fda9ed2
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str, # a timm CNN
@@ -221,13 +227,13 @@ def wsol_learner(
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
     added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization and not dls.info.multi_label else []) + method.callbacks()
     acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]
-    learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + list(metrics or []),
-                        cbs=added + list(cbs or []), path=path, model_dir='.')
+    learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + listify(metrics),
+                        cbs=added + listify(cbs), path=path, model_dir='.')
     learn.method, learn.arch, learn.rows = method, arch, []
     learn.config = dict(arch=arch, stride=stride, pretrained=pretrained if isinstance(pretrained, bool) else str(pretrained), method=config)
     return learn
 
-# %% ../nbs/22_learner.ipynb #2dd1b32d
+# %% ../nbs/22_learner.ipynb #b3fc5d1e
 def hardware()->dict: # {'cpu', 'cores', 'gpu'}
     "What this machine is, for reports."
     cpu = platform.processor() or platform.machine()
@@ -241,6 +247,15 @@ def _versions():
     git = subprocess.run(['git', '-C', str(Path(wsol_nb.__file__).parent), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
     return dict(wsol_nb=wsol_nb.__version__, torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__, python=platform.python_version(),
                 commit=git.stdout.strip() or None)
+
+def save_weights(
+    model, # a module
+    path, # of the .safetensors file
+):
+    "The weights, whole or not at all."
+    from safetensors.torch import save_file
+    save_file({k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}, f'{path}.part')
+    os.replace(f'{path}.part', path)
 
 def write_json(path, d):
     "Write JSON whole or not at all."
@@ -258,7 +273,7 @@ def run_config(
     return dict(schema=1, **learn.config, class_ids=i.class_ids.tolist(), class_names=i.class_names, data=data,
                 versions=_versions(), hardware=hardware()) | more
 
-# %% ../nbs/22_learner.ipynb #6b8a3a01
+# %% ../nbs/22_learner.ipynb #9865a652
 @dataclass
 class Run:
     "A saved run: model, config, and how to localize with it."
@@ -279,11 +294,9 @@ def save_run(
     **more # further entries of config.json, e.g. the τ found on validation boxes
 )->Path:
     "Save weights, config and history of a learner."
-    from safetensors.torch import save_file
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in unwrap(learn.model).state_dict().items()}, path/'model.part')
-    os.replace(path/'model.part', path/'model.safetensors')
+    save_weights(learn.model, path/'model.safetensors')
     write_json(path/'config.json', run_config(learn, **more))
     write_history(learn, path)
     return path
@@ -294,7 +307,7 @@ def write_history(learn, path):
     pd.DataFrame(learn.rows).to_csv(Path(path)/'history.part', index=False)
     os.replace(Path(path)/'history.part', Path(path)/'history.csv')
 
-# %% ../nbs/22_learner.ipynb #c5b500b5
+# %% ../nbs/22_learner.ipynb #79ebdafd
 def read_config(
     path, # a run folder
 )->dict:
@@ -308,14 +321,17 @@ def read_config(
 def load_run(
     path, # a run folder
     device='cpu', # where to
+    select:str=None, # weights of another epoch than the one that was kept: 'last', 'loc' or 'cl', see `KeepBest`
 )->Run:
     "Load a saved run; strict, and without unpickling anything."
     from safetensors.torch import load_file
     path, config = Path(path), read_config(path)
-    if not (path/'model.safetensors').is_file(): raise ValueError(f'{path}: model.safetensors is missing; was training interrupted? (wsol_train --out {path} --resume)')
+    file = path/'model.safetensors' if select is None else path/f'select-{select}.safetensors'
+    if select and not file.is_file(): raise ValueError(f'select={select!r}: {path} keeps {", ".join(f.stem[7:] for f in path.glob("select-*.safetensors")) or "one epoch only"}')
+    if not file.is_file(): raise ValueError(f'{path}: model.safetensors is missing; was training interrupted? (wsol_train --out {path} --resume)')
     method = method_from_dict(config['method'])
     model = method.model(config['arch'], len(config['class_ids']), stride=config['stride'], verbose=False)
-    model.load_state_dict(load_file(path/'model.safetensors'))
+    model.load_state_dict(load_file(file))
     return Run(path, config, model.to(device).eval(), method)
 
 def loaders_from_config(
@@ -374,6 +390,69 @@ def resume(
     for t, best in zip(_trackers(learn), state['best']): t.best, t.reset_on_fit = best, False
     learn.rows, cb.smooth = state['rows'], state['smooth']
     return learn.first_epoch
+
+# %% ../nbs/22_learner.ipynb #be488ba1
+class KeepBest(Callback):
+    "Keeps the weights of the epochs that are best by truth (`loc`) and by accuracy (`cl`), the first of equal ones, in a run folder."
+    order = Recorder.order + 2 # the row of the epoch is there
+    watched = dict(loc=('max_box_acc', 'pxap'), cl=('accuracy',)) # the first of these columns that is there
+    def __init__(self,
+        path, # run folder
+    ): self.path = Path(path)
+
+    def before_fit(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.learn.rows: self.best = {}; [f.unlink() for f in self.path.glob('select-*.safetensors')]
+        else: self.best = json.loads((self.path/'selection.json').read_text()) if (self.path/'selection.json').is_file() else {}
+
+    def after_epoch(self):
+        if not self.learn.in_fit or hasattr(self.learn, 'lr_finder') or rank_distrib(): return
+        row = self.learn.rows[-1]
+        for name, columns in self.watched.items():
+            column = next((c for c in columns if c in row), None)
+            if column is None or not row[column] > self.best.get(name, {}).get('value', -math.inf): continue
+            self.best[name] = dict(epoch=row['epoch'], column=column, value=float(row[column]))
+            save_weights(self.learn.model, self.path/f'select-{name}.safetensors')
+        self.best['last'] = dict(epoch=row['epoch'])
+        write_json(self.path/'selection.json', self.best)
+
+def keep(
+    learn:WSOLLearner, # trained with `KeepBest`
+    path, # its run folder
+    select:str='last', # 'last', 'loc' or 'cl'
+):
+    "Put the weights of a selected epoch into the model; the last ones stay in the folder beside it."
+    from safetensors.torch import load_file
+    file = Path(path)/f'select-{select}.safetensors'
+    if select != 'last' and not file.is_file(): raise ValueError(f'select={select!r}: {path} keeps no such epoch')
+    if not (Path(path)/'select-last.safetensors').is_file(): save_weights(learn.model, Path(path)/'select-last.safetensors')
+    if select != 'last': unwrap(learn.model).load_state_dict(load_file(file))
+
+# %% ../nbs/22_learner.ipynb #109f7c9c
+def score_run(
+    run:Run, # from `load_run`
+    dls:WSOLDataLoaders, # its data
+    split:str='test', # a split's name or role
+    progress:bool=True, # say what is scored, with a bar
+    **kwargs # for `evaluate`
+): # (the report of the kept weights, with the whole ledger; the localizer)
+    "Score a run under each choice of epoch and each source of τ."
+    kept, roles = run.localizer(), dls.info.roles
+    report = evaluate(kept, dls, split, progress=progress, **kwargs)
+    file = run.path/'selection.json'
+    if not file.is_file() or not report.ledger: return report, kept
+    best = json.loads(file.read_text())
+    used = dict(last='', loc=f"{roles['tune']} truth for the epoch", cl=f"{roles['valid']} labels for the epoch")
+    title = dict(last='last', loc='B-LOC', cl='B-CL')
+    own, rows, done = run.config.get('train', {}).get('select', 'last'), [], {}
+    for name in sorted(best, key=lambda n: (n != own, n)):
+        epoch = best[name]['epoch']
+        if epoch not in done: done[epoch] = report if not done else evaluate(load_run(run.path, dls.device, name).localizer(), dls, split, progress=progress, **kwargs)
+        for r in done[epoch].ledger:
+            beyond = ', '.join(filter(None, (used[name], '' if r['used'] == 'nothing' else r['used']))) or 'nothing'
+            rows.append(r | dict(selection=f'{title[name]} ({epoch + 1})', used=beyond))
+    report.ledger = rows
+    return report, kept
 
 # %% ../nbs/22_learner.ipynb #5c1bc5cf
 class LocalizationInterpretation:

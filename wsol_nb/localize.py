@@ -4,25 +4,30 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Target', 'check_preset', 'to_score_maps', 'reference_score_map', 'unwrap', 'model_intact', 'Localizer',
-           'HeadMaps', 'Report', 'evaluate']
+           'HeadMaps', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report', 'make_report',
+           'evaluate']
 
-# %% ../nbs/12_localize.ipynb #324beb87
+# %% ../nbs/12_localize.ipynb #ef6e331b
 import html, json, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from .core import minmax
-from .metrics.boxes import BoxAcc, box_overlaps, centre_map, level_boxes
+from .core import check_boxes, minmax
+from .metrics.boxes import BoxAcc, BoxRules, Overlaps, box_overlaps, centre_map, level_boxes, one_box
+from .metrics.pixels import PxAP
 
 # %% ../nbs/12_localize.ipynb #fb63b20e
 class Target:
@@ -61,12 +66,13 @@ class Target:
             leaf = logits.detach().requires_grad_()
             return torch.autograd.grad(self.scores(leaf).sum(), leaf)[0]
 
-# %% ../nbs/12_localize.ipynb #4284a360
-PRESETS = ('wsoleval', 'fcam', 'prob')
+# %% ../nbs/12_localize.ipynb #5ad85db5
+PRESETS = dict(wsoleval=('bicubic', 'after'), fcam=('bilinear', 'before'), prob=('bilinear', 'none'))
+_PAIRS = {f'{i}-{o}': (i, o) for i in ('nearest', 'bilinear', 'bicubic') for o in ('after', 'before', 'none')}
 
 def check_preset(preset):
     "The preset's name, or a ValueError."
-    if preset not in PRESETS: raise ValueError(f'preset={preset!r}: expected one of {", ".join(PRESETS)}')
+    if preset not in PRESETS and preset not in _PAIRS: raise ValueError(f'preset={preset!r}: expected one of {", ".join(PRESETS)}, or interpolation-order as in {", ".join(_PAIRS)}')
     return preset
 
 def to_score_maps(
@@ -75,14 +81,14 @@ def to_score_maps(
     preset:str='wsoleval', # see the table
 )->torch.Tensor: # (...,H,W) float32 in [0,1]
     "Resized and normalised maps, in torch: differentiable, on the maps' device."
-    check_preset(preset)
+    mode, order = PRESETS.get(check_preset(preset)) or _PAIRS[preset]
     maps = raw.float()
     lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    if preset == 'prob' and ((lo < -1e-3) | (hi > 1.001)).any(): raise ValueError(f"preset='prob': these maps are no probabilities, they reach from {lo.min():.3g} to {hi.max():.3g}")
-    if preset == 'fcam': maps = minmax(maps)
-    maps = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=tuple(size), align_corners=False, mode='bicubic' if preset == 'wsoleval' else 'bilinear')
+    if order == 'none' and ((lo < -1e-3) | (hi > 1.001)).any(): raise ValueError(f'preset={preset!r}: these maps are no probabilities, they reach from {lo.min():.3g} to {hi.max():.3g}')
+    if order == 'before': maps = minmax(maps)
+    maps = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=tuple(size), mode=mode, **({} if mode == 'nearest' else {'align_corners': False}))
     maps = maps.reshape(*raw.shape[:-2], *size)
-    maps = maps.clamp(0, 1) if preset != 'wsoleval' else minmax(torch.where(hi > lo, maps, 0.)) # rounding must not become a map
+    maps = maps.clamp(0, 1) if order != 'after' else minmax(torch.where(hi > lo, maps, 0.)) # rounding must not become a map
     return torch.where(torch.isfinite(hi - lo), maps, 0.)
 
 def reference_score_map(
@@ -181,53 +187,205 @@ class HeadMaps(Localizer):
         at = torch.arange(len(x), device=x.device)
         return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
 
-# %% ../nbs/12_localize.ipynb #65160f23
-def _box_rows(b, centre):
-    "Table rows (name, value, τ, centre baseline) of `BoxAcc.compute()` results."
-    rows = [(f'MaxBoxAcc δ={d}', m['value'], m['tau'], centre['max_box_acc'][d]['value']) for d, m in b['max_box_acc'].items()]
-    rows.append(('MaxBoxAccV2', b['max_box_acc_v2'], None, centre['max_box_acc_v2']))
-    c = b['coverage']
-    top1 = b['top1_loc'].get(f'{c["delta"]:g}')
-    rows.append((f'Top-1 localization δ={c["delta"]:g}', top1['value'], top1['tau'], None))
-    rows.append((f'object inside the box, at the τ of δ={c["delta"]:g}', c['value'], c['tau'], centre['coverage']['value']))
+# %% ../nbs/12_localize.ipynb #621abeef
+class BoxLocalizer(Localizer):
+    "Turns images into one box each. A subclass overrides `compute_boxes(x, target) -> logits (B,C), boxes (B,4)`."
+    def compute_boxes(self, x, target): raise NotImplementedError
+
+    def compute(self, x, target, create_graph): raise TypeError(f'{type(self).__name__} answers with boxes, it has no score map')
+
+    def boxes(self, x, target=None)->np.ndarray: # (B,4) int64 inclusive, in pixels of x
+        "A box for each image."
+        x, target = self._input(x), Target(target, len(x))
+        with model_intact(self.model), torch.set_grad_enabled(False): logits, boxes = self.compute_boxes(x, target)
+        self.logits = logits.detach().float()
+        return check_boxes(boxes.cpu().numpy().round().astype(np.int64), x.shape[:1:-1])
+
+# %% ../nbs/12_localize.ipynb #70f24962
+class Scorer:
+    "Counts box and pixel scores of images, beside the centre baseline."
+    def __init__(self,
+        size:int, # side of the evaluation grid
+        boxed:bool=True, masked:bool=False, # there are true boxes; true masks
+        deltas=(.3, .5, .7), # IoU thresholds
+        taus=None, # thresholds of maps for boxes; None: 0 to .999 in steps of .001
+        rules:BoxRules=BoxRules(), # how boxes are read from maps
+        first_box:bool=False, # only the first true box of an image counts
+        fixed_tau:float=.2, mask_tau:float=.5, # the fixed τ of boxes (CorLoc) and of masks (F1)
+        bootstrap:int=0, # replicates for 95 % intervals
+    ):
+        self.size, self.rules, self.first_box = size, rules, first_box
+        both = dict(boxes=bootstrap, centre=0)
+        self.accs = {k: BoxAcc(deltas, taus, fixed_tau, b) for k, b in both.items()} if boxed else {}
+        if masked: self.accs |= {f'{k}_px': PxAP(None, mask_tau, b) for k, b in both.items()}
+        self.tally = dict.fromkeys(('images', 'classified', 'top1', 'top5', 'no_box', 'no_mask', 'no_map', 'empty'), 0)
+        self.centre_map, self.taus = centre_map(size), taus
+        self.centre_boxes = level_boxes(self.centre_map, taus, rules=rules)
+
+    def look(self,
+        found, # (H,W) score map in [0,1], or a box (4,)
+        boxes=(), # (n,4) true boxes on the grid
+        mask=None, # (H,W) true mask, or None
+        image_id=None, # for messages
+    )->dict: # what each accumulator is to add
+        "Measure one image."
+        found, out = np.asarray(found), {}
+        is_map, boxes = found.ndim > 1, boxes[:1] if self.first_box else boxes
+        if is_map and found.shape != (self.size, self.size): raise ValueError(f'map of {image_id}: expected shape {(self.size, self.size)}, got {found.shape}')
+        if 'boxes' in self.accs and len(boxes):
+            lb = level_boxes(found, self.taus, rules=self.rules) if is_map else one_box(found, self.accs['boxes'].taus)
+            out |= dict(boxes=box_overlaps(lb, boxes), centre=box_overlaps(self.centre_boxes, boxes))
+        if 'boxes_px' in self.accs and mask is not None and is_map:
+            out |= dict(boxes_px=self.accs['boxes_px'].measure(found, mask, image_id), centre_px=self.accs['centre_px'].measure(self.centre_map, mask, image_id))
+        return out | dict(empty=is_map and not found.any(), no_box=not len(boxes), no_mask=mask is None, no_map=not is_map)
+
+# %% ../nbs/12_localize.ipynb #a9638d4d
+@patch
+def count(self:Scorer,
+    seen:dict, # from `look`
+    image_id:str, # for the bootstrap
+    label:int=None, # its class, for class averages
+    right=None, # (top-1 is right, among the top 5), or None: not classified
+)->dict: # {'f1_pos', 'f1_neg'} where there is a mask
+    "Add one image."
+    t = self.tally
+    t['images'] += 1
+    for k in ('empty', 'no_box', 'no_mask', 'no_map'): t[k] += bool(seen[k])
+    if right is not None: t['classified'] += 1; t['top1'] += bool(right[0]); t['top5'] += bool(right[1])
+    for k in ('boxes', 'centre'):
+        if k in seen: self.accs[k].update(seen[k], *(right or (False, False)), label, image_id)
+    if 'boxes_px' not in seen: return {}
+    self.accs['centre_px'].add(seen['centre_px'], image_id)
+    return dict(zip(('f1_pos', 'f1_neg'), self.accs['boxes_px'].add(seen['boxes_px'], image_id)))
+
+@patch
+def state(self:Scorer)->dict: # {name: int64 array}
+    "Everything counted, to be stored or sent."
+    return {'tally': np.array(list(self.tally.values()))} | {f'{a}.{k}': v for a, acc in self.accs.items() for k, v in acc.state().items()}
+
+@patch
+def load_state(self:Scorer, state):
+    "Go on from a `state`."
+    self.tally = dict(zip(self.tally, map(int, state['tally'])))
+    for a, acc in self.accs.items(): acc.load_state({k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{a}.')})
+    return self
+
+@patch
+def merge(self:Scorer, other):
+    "Add what another scorer has counted."
+    for k, v in other.tally.items(): self.tally[k] += v
+    for a, acc in self.accs.items(): acc.merge(other.accs[a])
+    return self
+
+@patch
+def summary(self:Scorer, taus=None):
+    "Box and mask scores at their best τ, at those of another summary, or at the fixed τs."
+    pick = lambda a, acc: None if taus is None else (acc.fixed if a == 'boxes' else acc.tau) if taus == 'fixed' else taus.get(a)
+    return {a: acc.summary(pick(a, acc)) for a, acc in self.accs.items() if not a.startswith('centre') and acc.n}
+
+# %% ../nbs/12_localize.ipynb #e7402ada
+def _value(row, scores, classified):
+    "A ledger row with its cells, {column: %}."
+    b, m = scores.get('boxes'), scores.get('boxes_px')
+    cells = {f'δ={d}': v['value'] for d, v in b['single'].items()} | {'V2': b['v2']['value']} if b else {}
+    if b and classified: d = list(b['top1'])[len(b['top1'])//2]; cells[f'Top-1 δ={d}'] = b['top1'][d]['value']
+    return row | dict(scores=cells | ({'Dice': m['dice']['value'], 'mIoU': m['miou']['value']} if m else {}))
+
+def supervision_ledger(
+    scorer:Scorer, # of one split
+    split:str, # its name
+    carried=None, # (split, `summary`) whose τs are carried over
+    selection:str='as given', # how the epoch was chosen
+    selected_by:str='', # what that used
+)->list: # of dicts: selection, tau, used, scores
+    "The same counts under each source of τ, with the annotations that each used beyond image labels."
+    used = lambda *what: ', '.join(filter(None, (selected_by, *what))) or 'nothing'
+    rows = [(f'oracle', used(f'{split} truth for τ'), None)]
+    if carried: rows.append((f'{carried[0]}', used(f'{carried[0]} truth for τ'), carried[1]))
+    rows.append(('fixed', used(), 'fixed'))
+    return [_value(dict(selection=selection, tau=t, used=u), scorer.summary(source), scorer.tally['classified']) for t, u, source in rows]
+
+def ledger_text(
+    ledger, # rows of `supervision_ledger`
+)->str:
+    "The ledger as a text table."
+    columns = list(dict.fromkeys(c for r in ledger for c in r['scores']))
+    lines = [f'{"selection":<12}{"τ from":<10}' + ''.join(f'{c:>13}' for c in columns) + '   annotations used beyond image labels']
+    for r in ledger: lines.append(f'{r["selection"]:<12}{r["tau"]:<10}' + ''.join(f'{"" if (v := r["scores"].get(c)) is None else format(v, ".1f"):>13}' for c in columns) + f'   {r["used"]}')
+    return '\n'.join(lines)
+
+# %% ../nbs/12_localize.ipynb #2587f663
+class Row(NamedTuple):
+    "A line of a report's table; None where it does not apply."
+    name: str
+    value: float         # %
+    tau: float = None
+    interval: tuple = None # 95 %, from the bootstrap
+    centre: float = None # the centre baseline
+    ones: float = None   # the map that is 1 everywhere
+
+def _ci(m): return (m['low'], m['high']) if 'low' in m else None
+
+def _box_rows(b, c, tops):
+    "Rows of `BoxAcc.compute()` and that of the centre."
+    rows = [Row(f'MaxBoxAcc δ={d}', m['value'], m['tau'], _ci(m), c['max_box_acc'][d]['value']) for d, m in b['max_box_acc'].items()]
+    rows.append(Row('MaxBoxAccV2', b['max_box_acc_v2'], None, b['v2_interval'], c['max_box_acc_v2']))
+    d, cov = f'{b["coverage"]["delta"]:g}', b['coverage']
+    for k in tops: rows.append(Row(f'Top-{k} localization δ={d}', (m := b[f'top{k}_loc'][d])['value'], m['tau'], _ci(m)))
+    for how, of in (('image', ''), ('class', ', class average')):
+        if b['corloc'][how]: rows.append(Row(f'CorLoc δ={d}{of}', b['corloc'][how][d], b['corloc']['tau'], None, c['corloc'][how][d]))
+    rows.append(Row(f'object inside the box, at the τ of δ={d}', cov['value'], cov['tau'], None, c['coverage']['value']))
     half = int(np.argmin(np.abs(np.array(b['curve']['taus']) - .5)))
-    if abs(b['curve']['taus'][half] - .5) < 1e-6: rows.append(('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], centre['curve']['coverage'][half]))
+    if abs(b['curve']['taus'][half] - .5) < 1e-6: rows.append(Row('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], None, c['curve']['coverage'][half]))
     return rows
 
+def _pixel_rows(p, c):
+    "Rows of `PxAP.compute()` and that of the centre."
+    f, ones = p['fixed'], p['all_ones']
+    rows = [Row('PxAP', p['pxap']['value'], None, _ci(p['pxap']), c['pxap']['value'], ones['pxap'])]
+    rows += [Row(f'F1{s} (mean of {f[f"n_{k}"]} images)', f[f'f1_{k}'], f['tau'], None, c['fixed'][f'f1_{k}'], ones[f'f1_{k}']) for k, s in (('pos', '+'), ('neg', '−'))]
+    return rows + [Row(f'best {n} of all pixels', p[k]['value'], p[k]['tau'], None, c[k]['value']) for k, n in (('dice', 'Dice'), ('miou', 'mIoU'))]
+
+# %% ../nbs/12_localize.ipynb #1cb89eca
 @dataclass
 class Report:
-    "What `evaluate` found: protocol, classification, localization, counts. Percentages throughout."
-    protocol: dict                     # dataset, split, localizer, target, preset, size, supervision
+    "What was found on a split: protocol, classification, boxes, pixels, ledger, counts. Percentages throughout."
+    protocol: dict                     # dataset, split, localizer, target, preset, size, rules, supervision
     n: int                             # images scored
-    accuracy: dict                     # {'top1', 'top5'}
-    boxes: dict = None                 # `BoxAcc.compute()`, or None: nothing to localize against
+    accuracy: dict = None              # {'top1', 'top5'}, or None: not classified
+    boxes: dict = None                 # `BoxAcc.compute()`, or None: no true boxes
     centre: dict = None                # the same for the centre baseline
+    pixels: dict = None                # `PxAP.compute()`, or None: no true masks
+    centre_pixels: dict = None         # the same for the centre baseline
+    ledger: list = field(default_factory=list) # rows of `supervision_ledger`
+    taus: dict = None                  # the oracle summary, whose τs another split can be scored at
     counts: dict = field(default_factory=dict) # images without a true box, empty maps, skipped images
     seconds: float = 0.
-    schema: int = 1
+    schema: int = 2
     images: pd.DataFrame = field(default=None, repr=False) # a row per image; not saved
 
-    def rows(self):
-        "The table: (name, value, τ, centre baseline); None where it does not apply."
-        rows = [('accuracy', self.accuracy['top1'], None, None)]
-        return rows + _box_rows(self.boxes, self.centre) if self.boxes else rows
+    def rows(self)->list: # of `Row`
+        "The table."
+        rows = [Row('accuracy', self.accuracy['top1'])] if self.accuracy else []
+        if self.boxes: rows += _box_rows(self.boxes, self.centre, [k for k in (1, 5) if self.accuracy and self.accuracy[f'top{k}'] is not None])
+        if self.pixels and self.accuracy: rows.append(Row('classification error', 100 - self.accuracy['top1']))
+        return rows + (_pixel_rows(self.pixels, self.centre_pixels) if self.pixels else [])
 
     def note(self):
         "What a reader must know beside the table."
         lines = [f"{k.replace('_', ' ')}: {v}" for k, v in self.counts.items() if v]
-        if self.boxes: lines.append('each τ but .5 is the best one for these images and their true boxes (oracle)')
-        if not self.boxes: lines.insert(0, f"no image of split {self.protocol['split']!r} has a true box: there is nothing to localize against")
-        if self.protocol.get('masks') and not self.boxes: lines.insert(1, 'it has masks, which call for pixel metrics')
-        return lines
+        if not self.boxes and not self.pixels: return [f"no image of split {self.protocol['split']!r} has a true box or mask: there is nothing to localize against", *lines]
+        return [*lines, 'each τ is the best one for these images and their truth (oracle), but those of CorLoc, F1 and τ=.5; the ledger has the others']
 
     def __str__(self):
-        p, cell = self.protocol, lambda v, f: format('' if v is None else format(v, f), '>10')
+        p, cell = self.protocol, lambda v, f='.1f': format('' if v is None else format(v, f), '>10')
         head = f"{p['dataset']}/{p['split']}, {self.n} images, {p['localizer']}"
-        lines = [f'{name:<44}{cell(v, ".1f")}{cell(t, ".3f")}{cell(c, ".1f")}' for name, v, t, c in self.rows()]
-        return '\n'.join([head, f'{"":<44}{"%":>10}{"τ":>10}{"centre %":>10}', *lines, *self.note()])
+        lines = [f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{"" if r.interval is None else "{:.1f}–{:.1f}".format(*r.interval):>14}{cell(r.centre)}{cell(r.ones)}' for r in self.rows()]
+        table = [head, f'{"":<44}{"%":>10}{"τ":>10}{"95 %":>14}{"centre":>10}{"all ones":>10}', *lines, *self.note()]
+        return '\n'.join(table + (['', ledger_text(self.ledger)] if self.ledger else []))
     __repr__ = __str__
 
-# %% ../nbs/12_localize.ipynb #d2001c5e
+# %% ../nbs/12_localize.ipynb #f158571c
 @patch
 def to_dict(self:Report):
     "Everything but the per-image table, as plain JSON types."
@@ -249,84 +407,127 @@ def load(cls:Report,
 ):
     "Read a report back; the per-image table is not in it."
     d = json.loads(Path(path).read_text(encoding='utf-8'))
-    if d.get('schema') != 1: raise ValueError(f'{path}: expected a report of schema 1, got {d.get("schema")!r}')
+    if d.get('schema') != 2: raise ValueError(f'{path}: expected a report of schema 2, got {d.get("schema")!r}')
     return cls(**d)
+
+def _html_table(head, rows, left=1):
+    "An HTML table; the first `left` columns are text."
+    cell = lambda tag, i, c: f'<{tag} style="text-align:{"left" if i < left else "right"}">{html.escape(str(c))}</{tag}>'
+    line = lambda tag, cells: '<tr>' + ''.join(cell(tag, i, c) for i, c in enumerate(cells)) + '</tr>'
+    return f'<table>{line("th", head)}{"".join(line("td", r) for r in rows)}</table>'
 
 @patch
 def _repr_html_(self:Report):
-    cell = lambda v, f: f'<td style="text-align:right">{"" if v is None else format(v, f)}</td>'
-    body = ''.join(f'<tr><td style="text-align:left">{html.escape(n)}</td>{cell(v, ".1f")}{cell(t, ".3f")}{cell(c, ".1f")}</tr>' for n, v, t, c in self.rows())
-    head = html.escape(str(self).split('\n')[0])
-    notes = ''.join(f'<div>{html.escape(l)}</div>' for l in self.note())
-    return f'<table><caption>{head}</caption><tr><th></th><th>%</th><th>τ</th><th>centre box %</th></tr>{body}</table>{notes}'
+    num = lambda v, f='.1f': '' if v is None else format(v, f)
+    rows = [(r.name, num(r.value), num(r.tau, '.3f'), '' if r.interval is None else '{:.1f}–{:.1f}'.format(*r.interval), num(r.centre), num(r.ones)) for r in self.rows()]
+    out = f'<b>{html.escape(str(self).split(chr(10))[0])}</b>' + _html_table(('', '%', 'τ', '95 %', 'centre box', 'all ones'), rows)
+    out += ''.join(f'<div>{html.escape(l)}</div>' for l in self.note())
+    if not self.ledger: return out
+    columns = list(dict.fromkeys(c for r in self.ledger for c in r['scores']))
+    rows = [(r['selection'], r['tau'], r['used'], *(num(r['scores'].get(c)) for c in columns)) for r in self.ledger]
+    return out + '<b>Supervision ledger</b>' + _html_table(('epoch selected by', 'τ from', 'annotations used beyond image labels', *columns), rows, left=3)
 
-# %% ../nbs/12_localize.ipynb #3f616a8b
-class _Scorer:
-    "Accumulates one split: boxes, the centre baseline, accuracy, a row per image."
-    def __init__(self, split, preset, deltas, taus):
-        self.split, self.preset = split, preset
-        self.acc, self.centre = BoxAcc(deltas, taus), BoxAcc(deltas, taus)
-        self.centre_boxes = level_boxes(centre_map(split.size), self.acc.taus)
-        self.rows, self.ious, self.empty, self.hits = [], [], 0, np.zeros(2, np.int64)
+# %% ../nbs/12_localize.ipynb #c1290eee
+def make_report(
+    scorer:Scorer, # of one split
+    protocol:dict, # with 'split'
+    counts:dict=None, # further counts
+    carried=None, # (split, `summary`) whose τs are carried over
+    seconds:float=0., # that it took
+    images=None, # per-image table
+)->Report:
+    "The report of what a scorer has counted."
+    t, got = scorer.tally, {a: acc.compute() for a, acc in scorer.accs.items() if acc.n}
+    missing = dict(images_without_a_true_box=t['no_box']*('boxes' in got), images_without_a_mask=t['no_mask']*('boxes_px' in got), empty_maps=t['empty'],
+                   images_with_a_box_and_no_map_so_map_metrics_do_not_apply=t['no_map'])
+    accuracy = {k: 100*t[k]/t['classified'] for k in ('top1', 'top5')} if t['classified'] else None
+    protocol = protocol | dict(rules=asdict(scorer.rules), first_box=scorer.first_box, supervision=f"τ: oracle, the truth of {protocol['split']!r}" if got else 'none')
+    return Report(protocol, t['images'], accuracy, got.get('boxes'), got.get('centre'), got.get('boxes_px'), got.get('centre_px'),
+                  supervision_ledger(scorer, protocol['split'], carried) if got else [], scorer.summary() if got else None, missing | (counts or {}), seconds, images=images)
 
-    def one(self, raw, boxes):
-        "Overlaps of one image and of the centre box, and whether the map says nothing."
-        if not len(boxes): return None, None, False
-        s = reference_score_map(raw, self.split.size, self.preset)
-        return box_overlaps(level_boxes(s, self.acc.taus), boxes), box_overlaps(self.centre_boxes, boxes), not s.any()
+def _world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-    def batch(self, pool, b, raw, logits):
-        prob = logits.softmax(1)
-        top = logits.topk(min(5, logits.shape[1]), 1).indices
-        right = (top == b.y[:, None]).cpu().numpy()
-        self.hits += right[:, 0].sum(), right.any(1).sum()
-        found = list(pool.map(self.one, raw.cpu().numpy(), b.boxes))
-        for i, (o, c, empty) in enumerate(found):
-            self.rows.append((int(b.rows[i]), int(b.y[i]), int(top[i, 0]), float(prob[i, top[i, 0]]), bool(right[i, 0])))
-            self.ious.append(None if o is None else o.single.astype(np.float16))
-            if o is None: continue
-            self.acc.update(o, right[i, 0]); self.centre.update(c)
-            self.empty += empty
+def _share(scorer, rows, n):
+    "All processes' counts and rows, the same on each; an error where an image was lost or counted twice."
+    if _world()[1] == 1: return scorer, rows
+    every = [None]*_world()[1]
+    dist.all_gather_object(every, (scorer, rows))
+    scorer, rows = every[0]
+    for s, r in every[1:]: scorer, rows = scorer.merge(s), rows + r
+    if scorer.tally['images'] != n: raise RuntimeError(f"the processes scored {scorer.tally['images']} images, the split has {n}")
+    return scorer, rows
 
-# %% ../nbs/12_localize.ipynb #2c224fcf
-def _per_image(scorer, names, tau_index):
+def _per_image(rows, part, names, taus, at):
     "The per-image table, worst localized first."
-    df = pd.DataFrame(scorer.rows, columns=['row', 'true', 'pred', 'prob', 'correct'])
-    df.insert(0, 'image_id', scorer.split.df.image_id.to_numpy()[df.row])
+    df = pd.DataFrame(rows, columns=['row', 'true', 'pred', 'prob', 'correct', 'ious', 'f1_pos', 'f1_neg']).sort_values('row', kind='stable')
+    df.insert(0, 'image_id', part.df.image_id.to_numpy()[df.row])
     df['true_name'], df['pred_name'] = (df[c].map(lambda i: names[i]) for c in ('true', 'pred'))
-    df['iou'] = [np.nan if o is None else float(o[tau_index]) for o in scorer.ious]
-    return df.sort_values('iou', kind='stable').reset_index(drop=True)
+    i = 0 if at is None else int(np.argmin(abs(taus - at)))
+    df['iou'] = [np.nan if o is None else float(o[i]) for o in df.pop('ious')]
+    return df.sort_values('iou' if df.iou.notna().any() else 'f1_pos', kind='stable').reset_index(drop=True)
 
-# %% ../nbs/12_localize.ipynb #7c22f291
+# %% ../nbs/12_localize.ipynb #21d5d685
+def _measure(localizer, part, scorer, preset, pick, pool, bar):
+    "Score every image of a part; returns the per-image rows."
+    rows = []
+    for b in bar(part):
+        if isinstance(localizer, BoxLocalizer): raw = localizer.boxes(b.x, b.y)
+        else: raw = localizer.raw(b.x, b.y)
+        if raw.ndim == 4:
+            if pick is None: raise ValueError(f'pick: the localizer gives {raw.shape[1]} maps an image; say which one to score, 0 to {raw.shape[1] - 1}')
+            raw = raw[:, pick]
+        raw, logits = raw if isinstance(raw, np.ndarray) else raw.cpu().numpy(), localizer.logits
+        prob, top = logits.softmax(1).max(1).values.cpu(), logits.topk(min(5, logits.shape[1]), 1).indices
+        right = (top == b.y[:, None]).cpu().numpy()
+        def look(i):
+            r = int(b.rows[i])
+            found = raw[i] if raw.ndim == 2 else reference_score_map(raw[i], part.size, preset)
+            return scorer.look(found, b.boxes[i], part.mask(r) if part.n_masked else None, part.df.image_id[r])
+        for i, seen in enumerate(pool.map(look, range(len(right)))):
+            r, ok = int(b.rows[i]), (right[i, 0], right[i].any())
+            f1 = scorer.count(seen, part.df.image_id[r], int(b.y[i]), ok)
+            ious = seen['boxes'].single.astype(np.float16) if 'boxes' in seen else None
+            rows.append((r, int(b.y[i]), int(top[i, 0]), float(prob[i]), bool(ok[0]), ious, f1.get('f1_pos'), f1.get('f1_neg')))
+    return rows
+
+@delegates(Scorer)
 def evaluate(
     localizer:Localizer, # what turns images into maps
     dls, # `WSOLDataLoaders`
     split:str='test', # a split's name or role
     preset:str=None, # how raw maps become score maps; None: the localizer's own
-    deltas=(.3, .5, .7), # IoU thresholds
-    taus=None, # map thresholds; None: 0 to .999 in steps of .001
+    tau_from='tune', # the split (or role, or its `Report`) whose τs are carried over to this one; None: no
+    pick:int=None, # which map, of a localizer that gives several an image
+    bootstrap:int=200, # replicates for 95 % intervals; 0: none
     progress:bool=True, # show a bar
-    n_threads:int=2, # for contours
+    n_threads:int=2, # that measure maps
+    **kwargs
 )->Report:
-    "Score the maps of the true classes of a split against its boxes, in the reference protocol."
+    "Score the maps of the true classes of a split against its boxes and masks, in the reference protocol."
     start, part = time.time(), dls.localizable(split)
     if dls.info.multi_label: raise ValueError(f'split={split!r}: its images have several classes; only single-label localization can be scored')
-    preset = check_preset(preset or localizer.preset)
-    scorer = _Scorer(part, preset, deltas, taus)
-    n_batches = -(-len(part)//part.bs)
-    with ThreadPoolExecutor(n_threads) as pool:
-        for b in progress_bar(part, total=n_batches, leave=False) if progress else part:
-            raw = localizer.raw(b.x, b.y)
-            scorer.batch(pool, b, raw, localizer.logits)
-    boxes = scorer.acc.compute() if scorer.acc.n else None
-    skipped = dls.skipped
-    counts = dict(images_without_a_true_box=len(part) - scorer.acc.n, empty_maps=scorer.empty,
-                  skipped_images=0 if skipped is None else int((skipped.split == part.split).sum()))
+    preset, common = check_preset(preset or localizer.preset), dict(progress=progress, n_threads=n_threads, pick=pick, **kwargs)
+    carried = _carried(localizer, dls, part, tau_from, preset, common) if part.n_boxed or part.n_masked else None
+    scorer, (rank, world) = Scorer(part.size, part.n_boxed > 0, part.n_masked > 0, bootstrap=bootstrap, **kwargs), _world()
+    own = part.shard(rank, world) if world > 1 else part
+    bar = (lambda it: progress_bar(it, total=-(-len(own)//own.bs), leave=False)) if progress and rank == 0 else iter
+    with ThreadPoolExecutor(n_threads) as pool: rows = _measure(localizer, own, scorer, preset, pick, pool, bar)
+    scorer, rows = _share(scorer, rows, len(part))
+    skipped = 0 if dls.skipped is None else int((dls.skipped.split == part.split).sum())
     protocol = dict(dataset=dls.info.source.get('dataset', dls.info.source.get('root', 'manifest')), split=part.split, localizer=localizer.describe(preset),
-                    target='true class', preset=preset, size=part.size, deltas=list(map(float, deltas)),
-                    masks=int(part.df['mask'].map(len).gt(0).sum()) if 'mask' in part.df else 0,
-                    supervision='τ: oracle, the true boxes of this split' if boxes else 'none')
-    tau_index = int(np.argmin(abs(scorer.acc.taus - boxes['coverage']['tau']))) if boxes else 0
-    top1, top5 = (100*scorer.hits/len(part)).tolist()
-    return Report(protocol, len(part), dict(top1=top1, top5=top5 if dls.c > 5 else None), boxes, scorer.centre.compute() if boxes else None,
-                  counts, time.time() - start, images=_per_image(scorer, dls.vocab, tau_index))
+                    target='true class', preset=preset, size=part.size, processes=world)
+    report = make_report(scorer, protocol, dict(skipped_images=skipped), carried)
+    if dls.c <= 5: report.accuracy['top5'] = None
+    at = report.boxes['coverage']['tau'] if report.boxes else None
+    report.images = _per_image(rows, part, dls.vocab, scorer.accs['boxes'].taus if report.boxes else None, at)
+    report.seconds = time.time() - start
+    return report
+
+def _carried(localizer, dls, part, tau_from, preset, common):
+    "(split, summary) of the split that τs come from, or None where it is the scored one or has no truth."
+    if tau_from is None: return None
+    if isinstance(tau_from, Report): return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
+    other = dls.localizable(tau_from)
+    if other.split == part.split or not (other.n_boxed and part.n_boxed or other.n_masked and part.n_masked): return None
+    report = evaluate(localizer, dls, tau_from, preset, tau_from=None, bootstrap=0, **common)
+    return report.protocol['split'], report.taus

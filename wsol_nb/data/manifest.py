@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PROBLEMS', 'labels_of', 'problem_table', 'describe_problems', 'datasets_in', 'read_metadata',
-           'folder_manifest', 'read_mask', 'check_manifest', 'drop_bad']
+           'folder_manifest', 'read_mask', 'check_manifest', 'drop_bad', 'Truth', 'MapStore']
 
-# %% ../../nbs/02_data.manifest.ipynb #838d45a3
-import zlib
+# %% ../../nbs/02_data.manifest.ipynb #209a7a96
+import os, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
-from ..core import BadImage, did_you_mean
+from ..core import BadImage, check_boxes, check_score_map, did_you_mean, resize_boxes
 
 # %% ../../nbs/02_data.manifest.ipynb #3e740e9b
 COLUMNS = ['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height', 'boxes', 'mask', 'ignore']
@@ -293,3 +293,63 @@ def drop_bad(
     sound = df[~bad].reset_index(drop=True)
     sound.attrs = {}
     return sound, df[bad].assign(problem=why.reindex(key[bad]).to_numpy())
+
+# %% ../../nbs/02_data.manifest.ipynb #6107990a
+class Truth:
+    "Boxes and masks of a manifest's rows on the evaluation grid."
+    def __init__(self,
+        df:pd.DataFrame, # rows of a manifest
+        size:int=224, # side of the grid
+        first_box:bool=False, # only the first true box of each image counts
+    ):
+        self.df, self.size = df.reset_index(drop=True), size
+        for r in self.df.itertuples():
+            if len(r.boxes) and not r.width: raise ValueError(f'{r.image_id}: has boxes, but the size of its original image is not known (image_sizes.txt)')
+            check_boxes(r.boxes, (r.width, r.height), f'boxes of {r.image_id}')
+        self.boxes = [resize_boxes(b[:1] if first_box else b, (w, h), (size, size)) if len(b) else b for b, w, h in zip(self.df.boxes, self.df.width, self.df.height)]
+        self.n_boxed, self.n_masked = (int(np.count_nonzero([len(o) for o in side])) for side in (self.boxes, self.df['mask']))
+
+    def __len__(self): return len(self.df)
+
+    def mask(self, i)->np.ndarray: # (size,size) uint8, or None
+        "The mask of image `i`: 0, 1, 255 ignored; None where it has none."
+        masks = self.df['mask'][i]
+        return read_mask(masks, self.df['ignore'][i], (self.size, self.size)) if len(masks) else None
+
+# %% ../../nbs/02_data.manifest.ipynb #2c450bfc
+class MapStore:
+    "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
+    def __init__(self,
+        root, # folder of the maps
+    ): self.root = Path(root)
+
+    def path(self, image_id):
+        "Where the map of an image is written."
+        p = Path(str(image_id))
+        if p.is_absolute() or '..' in p.parts: raise ValueError(f'image_id={str(image_id)!r}: expected a relative path without ..')
+        return self.root/p.parent/f'{p.name}.npy'
+
+    def find(self, image_id):
+        "The file of an image's map, or None; the id's suffix may be missing in its name."
+        p = self.path(image_id)
+        return next((f for f in (p, p.with_name(f'{Path(image_id).stem}.npy')) if f.is_file()), None)
+
+    def __contains__(self, image_id): return self.find(image_id) is not None
+
+    def save(self, image_id, score_map):
+        "Write a map; it appears whole or not at all."
+        s = check_score_map(np.asarray(score_map.cpu() if hasattr(score_map, 'cpu') else score_map), name=f'map of {image_id}')
+        p = self.path(image_id)
+        p.parent.mkdir(parents=True, exist_ok=True)
+        part = p.with_name(f'.{p.name}.{os.getpid()}')
+        with open(part, 'wb') as f: np.save(f, s.astype(np.float32))
+        os.replace(part, p)
+
+    def load(self, image_id)->np.ndarray: # (H,W) float32
+        "Read a map; also found under the id without its suffix."
+        f = self.find(image_id)
+        if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
+        try: s = np.load(f, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e: raise ValueError(f'map of {image_id}: {f} cannot be read as an array ({e})') from None
+        if s.dtype.kind not in 'fiub': raise ValueError(f'map of {image_id}: expected numbers, got an array of {s.dtype}')
+        return check_score_map(s, name=f'map of {image_id}').astype(np.float32)
