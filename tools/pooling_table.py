@@ -48,10 +48,9 @@ def train(method, recipe, dls, path):
 
 
 def row_of(report):
-    "Every figure of a report by its name there, with the centre baseline's."
+    "Every figure of a report by its name there, with its τ and the centre baseline's."
     row = {}
-    for name, value, tau, centre, *_ in report.rows():
-        row |= {name: value} | ({f'τ of {name}': tau} if tau is not None else {}) | ({f'centre: {name}': centre} if centre is not None else {})
+    for r in report.rows(): row |= {r.name: r.value, f'τ of {r.name}': r.tau, f'centre: {r.name}': r.centre}
     return {k: round(v, 3) for k, v in row.items() if v is not None}
 
 

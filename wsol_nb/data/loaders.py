@@ -245,7 +245,7 @@ class LocalizableSplit(Truth):
             rows = self.order[n*self.bs:n*self.bs + len(x)]
             yield LocBatch(x.to(self.device), y.to(self.device), rows, [self.boxes[i] for i in rows])
 
-# %% ../../nbs/03_data.loaders.ipynb #fda3a88c
+# %% ../../nbs/03_data.loaders.ipynb #7db1cdc1
 def _sound(df, check, skip_bad, train, test):
     "The manifest after its check, and the rows left out."
     if not (check or skip_bad): return df, None
@@ -270,13 +270,19 @@ def _resize(resize, size, df, recipe):
     if not 0 < size <= np.min(resize): raise ValueError(f'size={size}, resize={resize}: expected 0 < size <= resize')
     return resize if isinstance(resize, int) else tuple(resize)
 
+def _roles(df, train, valid, tune, test):
+    "Which split plays which role; `valcl` and `valpx` are known by their names."
+    have = df.split.unique()
+    valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
+    return dict(train=train, valid=valid, tune=tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid), test=test)
+
 def _role(df, splits, role, needed):
     "The split that plays a role, checked."
     name, have = splits[role], df.split.unique().tolist()
     if name in have: return name
     if needed: raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
 
-# %% ../../nbs/03_data.loaders.ipynb #24aca29d
+# %% ../../nbs/03_data.loaders.ipynb #fb1e89ba
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -310,15 +316,13 @@ class WSOLDataLoaders(DataLoaders):
         "Loaders of a manifest table."
         resize = _resize(resize, size, df, recipe)
         if not isinstance(bs, int) or bs < 1: raise ValueError(f'bs={bs!r}: expected a whole number of at least 1')
-        have = df.split.unique()
-        valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
-        roles = dict(train=train, valid=valid, tune=tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid), test=test)
+        roles = _roles(df, train, valid, tune, test)
         df, skipped = _sound(df, check, skip_bad, train, test)
         splits = {r: _role(df, roles, r, needed=r != 'test') for r in roles}
         info = DataInfo(df, size, resize, seed, exif, splits, source or {}, skipped, recipe=recipe)
         device = device or default_device()
         if num_workers is None: num_workers = 0 if torch.device(device).type == 'cpu' else min(8, os.cpu_count() or 1)
-        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == valid], info)
+        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == splits['valid']], info)
         common = dict(num_workers=num_workers, device=device)
         return cls(WSOLDL(ds[0], bs=bs, shuffle=True, drop_last=len(ds[0]) >= bs, **common), WSOLDL(ds[1], bs=bs, **common), device=device, info=info)
 
