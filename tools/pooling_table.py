@@ -44,8 +44,9 @@ def train(method, recipe, dls, path):
     done, start = resume(learn, path), time.process_time()
     with learn.no_bar(), learn.no_logging():
         if done < recipe['epochs']: learn.fit_one_cycle(recipe['epochs'], slice(*recipe['lr']))
-    seconds = (time.process_time() - start)*recipe['epochs']/max(1, recipe['epochs'] - done)
-    save_run(learn, path, train={k: v for k, v in recipe.items() if k != 'data'} | dict(cpu_seconds=round(seconds, 1), threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
+    left = recipe['epochs'] - done
+    seconds = round((time.process_time() - start)*recipe['epochs']/left, 1) if left else None # of all epochs, by those of this process
+    save_run(learn, path, train={k: v for k, v in recipe.items() if k != 'data'} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
 
 
 def row_of(report):
@@ -61,7 +62,7 @@ def cost(run):
     "Processor time of the training, and of its part until the validation accuracy first reached 90 %."
     seconds, accuracy = run.config['train']['cpu_seconds'], pd.read_csv(run.path/'history.csv').accuracy
     reached = accuracy.ge(.9).to_numpy().nonzero()[0]
-    return dict(cpu_seconds=seconds, cpu_seconds_to_90=round(seconds*(reached[0] + 1)/len(accuracy), 1) if len(reached) else None)
+    return dict(cpu_seconds=seconds, cpu_seconds_to_90=round(seconds*(reached[0] + 1)/len(accuracy), 1) if len(reached) and seconds else None)
 
 
 def write(rows, csv):
@@ -106,7 +107,7 @@ def main():
                            | dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
             rows = [r for r in rows if not is_ours(r)] + new
             write(rows, csv)
-            print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]:.0f} s of CPU to train', flush=True)
+            print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]} s of CPU to train', flush=True)
     show(rows)
 
 
