@@ -222,4 +222,4 @@ def test_learner(world, tmp_path):
     many = dls.info.manifest.assign(labels=[(0, 1)]*len(dls.info.manifest))
     several = WSOLDataLoaders.from_manifest(many, size=64)
     assert several.train_ds[0][1].tolist() == [1, 1]
-    raises('trains on one class an image, but these data have several', wsol_learner, several, 'resnet10t')
+    raises("trains on one class an image (targets='single'), but these data have several", wsol_learner, several, 'resnet10t')

@@ -1,7 +1,7 @@
 """Every localizer keeps the contract of DESIGN §3 on every net of the support matrix.
 
 A row of LOCALIZERS is (name, how to make it); of NETS (name, how to make it). SUPPORTED says which localizer applies to which net;
-elsewhere the test is the clear error. New localizers and nets add a row.
+elsewhere the test is the clear error. New localizers and nets add a row. Every pooling head is held to the same contract, on two nets.
 """
 import copy
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from wsol_nb.localize import HeadMaps, Localizer
 from wsol_nb.models import wsol_model
+from wsol_nb.pooling import HEADS
 
 
 class Plain(nn.Sequential):
@@ -28,15 +29,16 @@ class Broken(nn.Module):
 ARCHS = dict(resnet10t=16, mobilenetv2_035=16, vgg11=16, convnext_atto=16, regnetx_002=16, ghostnet_050=16)
 LOCALIZERS = dict(HeadMaps=HeadMaps)
 NETS = {a: (lambda a=a, s=s: wsol_model(a, 5, stride=s, verbose=False)) for a, s in ARCHS.items()} | {'Sequential': Plain}
+HEAD_NETS = {f'{h}-{a}': (lambda h=h, a=a: wsol_model(a, 5, stride=16, head=HEADS[h], verbose=False)) for h in HEADS if h != 'GAP' for a in ('resnet10t', 'mobilenetv2_035')}
 UNSUPPORTED = {('HeadMaps', 'Sequential'): (TypeError, 'no forward_maps')}
-PAIRS = [(l, n) for l in LOCALIZERS for n in NETS if (l, n) not in UNSUPPORTED]
+PAIRS = [(l, n) for l in LOCALIZERS for n in NETS if (l, n) not in UNSUPPORTED] + [('HeadMaps', n) for n in HEAD_NETS] # a head's maps do not depend on who else reads the net
 one_net = pytest.mark.parametrize('pair', [(l, 'resnet10t') for l in LOCALIZERS], ids=lambda p: p[0])
 _nets = {}
 
 
 def net(name):
     "A fresh copy of a net; building it once is enough."
-    if name not in _nets: torch.manual_seed(1); _nets[name] = NETS[name]().train()
+    if name not in _nets: torch.manual_seed(1); _nets[name] = (NETS | HEAD_NETS)[name]().train()
     return copy.deepcopy(_nets[name])
 
 
@@ -67,6 +69,14 @@ def test_shape_range_dtype(loc):
     assert maps.min() >= 0 and maps.max() <= 1 and torch.isfinite(maps).all()
     assert loc.logits.shape == (3, 5) and loc.logits.dtype == torch.float32
     assert type(loc).__name__ in repr(loc)
+
+
+@pytest.mark.parametrize('size', [(65, 97), (111, 75)], ids=lambda s: f'{s[0]}x{s[1]}')
+def test_odd_sizes(loc, size):
+    x = images(*size, n=2)
+    maps = loc(x, 1)
+    assert maps.shape == (2, *size) and torch.isfinite(maps).all() and maps.flatten(1).any(1).all()
+    same(loc(x[1:], 1)[0], maps[1], 2e-3)
 
 
 def test_batch_independence(loc):

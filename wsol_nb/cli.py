@@ -133,7 +133,7 @@ def wsol_train(
     _finish(learn, config['train'], out)
     return learn
 
-# %% ../nbs/92_cli.ipynb #d7137e12
+# %% ../nbs/92_cli.ipynb #ddb4bc51
 def _metadata(metadata, dataset):
     "Root and dataset from a WSOL root, its metadata folder, or a dataset's folder in it."
     from wsol_nb.core import did_you_mean
@@ -165,6 +165,7 @@ def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
     print(f"written: {report.save(out/f'report-{split}.json')}")
     return report
 
+# %% ../nbs/92_cli.ipynb #f352447a
 def _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **scoring):
     "Score a run folder."
     from wsol_nb.learner import load_run, score_run

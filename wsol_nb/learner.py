@@ -8,9 +8,9 @@ __all__ = ['sgd', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_method', 'me
            'run_config', 'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config',
            'Checkpoint', 'resume', 'KeepBest', 'keep', 'score_run', 'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #698fbfc7
-import importlib, json, math, os, platform, subprocess
-from dataclasses import asdict, dataclass, fields
+# %% ../nbs/22_learner.ipynb #fb7d1930
+import importlib, inspect, json, math, os, platform, subprocess
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -25,24 +25,33 @@ from .core import did_you_mean, set_seed
 from .data.loaders import WSOLDataLoaders
 from .localize import HeadMaps, evaluate, unwrap
 from .models import wsol_model
-from .pooling import GAPHead
+from .pooling import BagHead, GAPHead
 from .show import contact_sheet, examples, plot_curve
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback import progress, schedule # the bar; fit_one_cycle, fine_tune, lr_find
 from fastai.learner import AvgMetric, Learner, Recorder, ValueMetric
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #d01df548
+# %% ../nbs/22_learner.ipynb #e40e5215
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
-    multi_label = False # can train on several classes an image
+    targets: str = field(default='single', kw_only=True) # what labels say: single, multi or bag
+    Head = GAPHead # class of the head; a field that is named like one of its parameters is handed to it
+
+    def __post_init__(self):
+        if self.targets not in ('single', 'multi', 'bag'): raise ValueError(f'targets={self.targets!r}: expected single, multi or bag')
+
+    @property
+    def multi_label(self): return self.targets == 'multi' # trains on several classes an image
 
     def head(self):
         "Callable (in_features, n_classes) -> head."
-        return GAPHead
+        takes = inspect.signature(self.Head).parameters
+        head = partial(self.Head, **{f.name: getattr(self, f.name) for f in fields(self) if f.name in takes})
+        return partial(BagHead, head=head) if self.targets == 'bag' else head
 
     def model(self, arch, n_classes, **kw)->nn.Module:
         "The network; `kw` as for `wsol_model`."
@@ -50,15 +59,15 @@ class Method:
 
     def loss(self):
         "The loss of (logits, labels); fastai's knows how to turn logits into probabilities and classes."
-        return CrossEntropyLossFlat()
+        return BCEWithLogitsLossFlat() if self.multi_label else CrossEntropyLossFlat()
 
     def callbacks(self)->list:
         "What fastai callbacks training needs."
         return []
 
     def param_groups(self, model)->list:
-        "Two lists of parameters, body and head: a `slice(lr_body, lr_head)` gives each its learning rate."
-        head = list(model.head.parameters())
+        "Two lists of parameters, body and head: `slice(lr_body, lr_head)` gives each its learning rate; the reference's ratio is 10."
+        head = model.late_parameters() if hasattr(model, 'late_parameters') else list(model.head.parameters())
         ids = set(map(id, head))
         return [[p for p in model.parameters() if id(p) not in ids], head]
 
@@ -74,7 +83,7 @@ class Method:
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
 
-# %% ../nbs/22_learner.ipynb #b3ab1ba7
+# %% ../nbs/22_learner.ipynb #fffcbf0a
 def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
@@ -85,10 +94,13 @@ def method_to_dict(
     except TypeError as e: raise TypeError(f'method: the fields of {type(method).__name__} must be numbers, strings, lists or None, to be saved by name ({e})') from None
     return dict(name=type(method).__name__, module=type(method).__module__, params=asdict(method))
 
+_HOMES = ('wsol_nb.bottomup',) # later modules in which methods are at home; imported when a method is looked up
+
 def find_method(
     name:str, # class name, any case, e.g. 'GAP' or 'gap'
 )->type:
     "A `Method` subclass by name."
+    for m in _HOMES: importlib.import_module(m)
     def below(c): return [c] + [s for k in c.__subclasses__() for s in below(k)]
     known = {c.__name__: c for c in below(Method)[1:]}
     found = next((c for n, c in known.items() if n.lower() == name.lower()), None)
@@ -189,7 +201,7 @@ def accuracy(
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-# %% ../nbs/22_learner.ipynb #3e02e2e2
+# %% ../nbs/22_learner.ipynb #2fda9ed2
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str, # a timm CNN
@@ -199,7 +211,7 @@ def wsol_learner(
     opt_func=sgd, # SGD with Nesterov momentum, as in the reference recipe
     lr:float=1e-2, # default learning rate; `fit_one_cycle(n, slice(lr_body, lr_head))` gives body and head their own
     wd:float=1e-4, # weight decay
-    localization:bool=True, # score boxes of the validation split at each epoch
+    localization:bool=True, # score boxes of the validation split at each epoch (where images have one class)
     cbs=None, metrics=None, # further callbacks and metrics
     path='.', # where checkpoints go
     verbose:bool=True, # say which weights were loaded
@@ -207,11 +219,13 @@ def wsol_learner(
     "A fastai Learner for a weakly-supervised method."
     method = method or GAP()
     if isinstance(method, type) or not isinstance(method, Method): raise TypeError(f'method: expected an instance of Method such as GAP(), got {method!r}')
-    if dls.info.multi_label and not method.multi_label: raise ValueError(f'method={type(method).__name__}: trains on one class an image, but these data have several')
+    if dls.info.multi_label != method.multi_label:
+        trains, have = ('one class', 'several') if dls.info.multi_label else ('several classes', 'one')
+        raise ValueError(f"method={type(method).__name__}: trains on {trains} an image (targets={method.targets!r}), but these data have {have}")
     config = method_to_dict(method)
     set_seed(dls.info.seed)
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
-    added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization else []) + method.callbacks()
+    added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization and not dls.info.multi_label else []) + method.callbacks()
     acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]
     learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + listify(metrics),
                         cbs=added + listify(cbs), path=path, model_dir='.')

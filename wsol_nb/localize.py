@@ -466,7 +466,7 @@ def _per_image(rows, part, names, taus, at):
     df['iou'] = [np.nan if o is None else float(o[i]) for o in df.pop('ious')]
     return df.sort_values('iou' if df.iou.notna().any() else 'f1_pos', kind='stable').reset_index(drop=True)
 
-# %% ../nbs/12_localize.ipynb #21d5d685
+# %% ../nbs/12_localize.ipynb #952c04d8
 def _measure(localizer, part, scorer, preset, pick, pool, bar):
     "Score every image of a part; returns the per-image rows."
     rows = []
@@ -490,6 +490,17 @@ def _measure(localizer, part, scorer, preset, pick, pool, bar):
             rows.append((r, int(b.y[i]), int(top[i, 0]), float(prob[i]), bool(ok[0]), ious, f1.get('f1_pos'), f1.get('f1_neg')))
     return rows
 
+# %% ../nbs/12_localize.ipynb #4a1e363b
+def _carried(localizer, dls, part, tau_from, preset, common):
+    "(split, summary) of the split that τs come from, or None where it is the scored one or has no truth."
+    if tau_from is None: return None
+    if isinstance(tau_from, Report): return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
+    other = dls.localizable(tau_from)
+    if other.split == part.split or not (other.n_boxed and part.n_boxed or other.n_masked and part.n_masked): return None
+    report = evaluate(localizer, dls, tau_from, preset, tau_from=None, bootstrap=0, **common)
+    return report.protocol['split'], report.taus
+
+# %% ../nbs/12_localize.ipynb #fd77153a
 @delegates(Scorer)
 def evaluate(
     localizer:Localizer, # what turns images into maps
@@ -522,12 +533,3 @@ def evaluate(
     report.images = _per_image(rows, part, dls.vocab, scorer.accs['boxes'].taus if report.boxes else None, at)
     report.seconds = time.time() - start
     return report
-
-def _carried(localizer, dls, part, tau_from, preset, common):
-    "(split, summary) of the split that τs come from, or None where it is the scored one or has no truth."
-    if tau_from is None: return None
-    if isinstance(tau_from, Report): return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
-    other = dls.localizable(tau_from)
-    if other.split == part.split or not (other.n_boxed and part.n_boxed or other.n_masked and part.n_masked): return None
-    report = evaluate(localizer, dls, tau_from, preset, tau_from=None, bootstrap=0, **common)
-    return report.protocol['split'], report.taus

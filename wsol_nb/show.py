@@ -21,7 +21,7 @@ from .core import check_boxes, check_score_map
 from .localize import Report, reference_score_map
 from .metrics.boxes import level_boxes
 
-# %% ../nbs/13_show.ipynb #a9d18481
+# %% ../nbs/13_show.ipynb #64ccc2c8
 GREEN, BLUE = (60, 220, 60), (50, 120, 255)
 
 def to_rgb(
@@ -61,6 +61,7 @@ def draw_boxes(
     for x0, y0, x1, y1 in check_boxes(boxes).tolist(): cv2.rectangle(rgb, (x0, y0), (x1, y1), color, width)
     return rgb
 
+# %% ../nbs/13_show.ipynb #57f988e0
 def draw_mask(
     image, # as for `to_rgb`
     mask, # (H,W); where it is 1 is inside

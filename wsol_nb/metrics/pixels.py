@@ -42,7 +42,7 @@ def check_mask(
     if len(odd): raise ValueError(f'{name}: expected values 0, 1 and 255 (ignored), got {np.unique(odd)[:5].tolist()} too')
     return mask.astype(np.uint8)
 
-# %% ../../nbs/11_metrics.pixels.ipynb #9861eab0
+# %% ../../nbs/11_metrics.pixels.ipynb #19af7a8b
 _UNIT = 2**32 # means of images are summed in fixed point
 
 class PxAP(Counts):
@@ -81,24 +81,27 @@ class PxAP(Counts):
         s = check_score_map(s, f'score_map{of}') # names what is wrong
         return _count(s.ravel(), check_mask(m, s.shape, f'mask{of}').ravel(), self.edges)[0].reshape(2, -1)
 
-    def add(self, hist, image_id=None)->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
-        "Count what `measure` saw."
-        (tn, fn), (fp, tp) = hist[:, :self.at].sum(1).tolist(), hist[:, self.at:].sum(1).tolist()
-        self.n += 1
-        self.hist += hist
-        self._resample(image_id, hist)
-        found = []
-        for i, (hit, all_of) in enumerate(((tp, tp + fn), (tn, tn + fp))):
-            f1 = 2*hit/(2*hit + fp + fn) if all_of else math.nan
-            if all_of: self.f1[i] += round(f1*_UNIT); self.f1_n[i] += 1
-            found.append(f1)
-        p = (tp + fn)/max(tp + fn + fp + tn, 1)
-        self.ones += round(2*p/(1 + p)*_UNIT)
-        return tuple(found)
+# %% ../../nbs/11_metrics.pixels.ipynb #4c803bc7
+@patch
+def add(self:PxAP, hist, image_id=None)->tuple: # F1+ and F1− of this image; NaN where it has no foreground or no background
+    "Count what `measure` saw."
+    (tn, fn), (fp, tp) = hist[:, :self.at].sum(1).tolist(), hist[:, self.at:].sum(1).tolist()
+    self.n += 1
+    self.hist += hist
+    self._resample(image_id, hist)
+    found = []
+    for i, (hit, all_of) in enumerate(((tp, tp + fn), (tn, tn + fp))):
+        f1 = 2*hit/(2*hit + fp + fn) if all_of else math.nan
+        if all_of: self.f1[i] += round(f1*_UNIT); self.f1_n[i] += 1
+        found.append(f1)
+    p = (tp + fn)/max(tp + fn + fp + tn, 1)
+    self.ones += round(2*p/(1 + p)*_UNIT)
+    return tuple(found)
 
-    def update(self, score_map, mask, image_id=None)->tuple: # F1+ and F1− of the image
-        "Measure and count one image; the id stands in messages, and the bootstrap needs it."
-        return self.add(self.measure(score_map, mask, image_id), image_id)
+@patch
+def update(self:PxAP, score_map, mask, image_id=None)->tuple: # F1+ and F1− of the image
+    "Measure and count one image; the id stands in messages, and the bootstrap needs it."
+    return self.add(self.measure(score_map, mask, image_id), image_id)
 
 # %% ../../nbs/11_metrics.pixels.ipynb #f3837c74
 def _rates(hist):

@@ -1,0 +1,114 @@
+"""All pooling heads trained and scored in one table: python tools/pooling_table.py {synth,parts,cub,glas} [--seeds 0 1 2] [--methods GAP LSE]
+
+synth is the default objects world, parts that world with parts of four sizes, both written here and learnt from scratch; cub and
+glas need WSOL_DATA and WSOL_WEIGHTS (mobilenetv2_100).
+Runs are saved below --runs and rows appended to nbs/pooling_<data>.csv, so an interrupted table goes on where it stopped.
+`--again` scores saved runs anew, e.g. when reports have gained columns. Hyper-parameters are each method's defaults; the last
+epoch is scored; nothing is chosen on the test split.
+"""
+import argparse
+import itertools
+import os
+import re
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from wsol_nb.bottomup import BOTTOM_UP
+from wsol_nb.data.loaders import WSOLDataLoaders
+from wsol_nb.data.synth import ObjectsWorld
+from wsol_nb.learner import Checkpoint, adamw, hardware, load_run, resume, save_run, sgd, wsol_learner
+from wsol_nb.localize import evaluate
+
+root = Path(__file__).resolve().parent.parent
+SYNTH = dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32))
+RECIPES = dict(
+    synth=SYNTH, parts=SYNTH | dict(worlds=[dict(part_ratio=p) for p in (.3, .4, .5, .6)]),
+    cub=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=8, lr=(.005, .05), pretrained=True, data=dict(dataset='CUB', size=224, bs=25)),
+    glas=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=40, lr=(.005, .05), pretrained=True,
+              data=dict(dataset='GLAS/fold-0', size=224, bs=16, valid='valcl', recipe='histology')))
+
+
+def loaders(recipe, world, runs, seed):
+    if 'dataset' in recipe['data']: return WSOLDataLoaders.from_metadata(seed=seed, **recipe['data'])
+    folder = '-'.join(['world', *(f'{k}={v}' for k, v in world.items())])
+    return WSOLDataLoaders.from_synth(runs/folder, ObjectsWorld(**world), seed=seed, world_kw=dict(progress=False), **recipe['data'])
+
+
+def train(method, recipe, dls, path):
+    "Train what is left, and save the run with its recipe and the processor time it took."
+    opt = dict(adamw=adamw, sgd=sgd)[recipe['opt']]
+    learn = wsol_learner(dls, recipe['arch'], method, pretrained=recipe.get('pretrained', False), stride=recipe['stride'], opt_func=opt, wd=recipe['wd'],
+                         localization=False, cbs=[Checkpoint(path)], path=path, verbose=False)
+    done, start = resume(learn, path), time.process_time()
+    with learn.no_bar(), learn.no_logging():
+        if done < recipe['epochs']: learn.fit_one_cycle(recipe['epochs'], slice(*recipe['lr']))
+    left = recipe['epochs'] - done
+    seconds = round((time.process_time() - start)*recipe['epochs']/left, 1) if left else None # of all epochs, by those of this process
+    save_run(learn, path, train={k: v for k, v in recipe.items() if k != 'data'} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
+
+
+def row_of(report):
+    "Every figure of a report by its name there, with its τ and the centre baseline's."
+    row = {}
+    for r in report.rows():
+        name = re.sub(r' \(mean of \d+ images\)', '', r.name) # the same on every split
+        row |= {name: r.value, f'τ of {name}': r.tau, f'centre: {name}': r.centre}
+    return {k: round(v, 3) for k, v in row.items() if v is not None}
+
+
+def cost(run):
+    "Processor time of the training, and of its part until the validation accuracy first reached 90 %."
+    seconds, accuracy = run.config['train']['cpu_seconds'], pd.read_csv(run.path/'history.csv').accuracy
+    reached = accuracy.ge(.9).to_numpy().nonzero()[0]
+    return dict(cpu_seconds=seconds, cpu_seconds_to_90=round(seconds*(reached[0] + 1)/len(accuracy), 1) if len(reached) and seconds else None)
+
+
+def write(rows, csv):
+    part = csv.with_suffix('.part')
+    pd.DataFrame(rows).to_csv(part, index=False)
+    os.replace(part, csv)
+
+
+def show(rows):
+    "The table on test, mean over seeds, the centre baseline last."
+    df = pd.DataFrame(rows)
+    df = df[df.split == 'test']
+    named = [c for c in df.columns if f'centre: {c}' in df.columns]
+    keys = ['method', *(c for c in ('part_ratio',) if c in df)]
+    table = df.groupby(keys, sort=False)[[c for c in ('accuracy', *named) if c in df]].mean()
+    if named and len(keys) == 1: table.loc['centre'] = df[[f'centre: {c}' for c in named]].mean().set_axis(named)
+    print(table.round(1).to_string())
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', choices=RECIPES)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0])
+    p.add_argument('--methods', nargs='+', default=[m.__name__ for m in BOTTOM_UP])
+    p.add_argument('--runs', type=Path, default=root/'runs/pooling')
+    p.add_argument('--again', action='store_true', help='score saved runs anew')
+    a = p.parse_args()
+    recipe, csv, methods = RECIPES[a.data], root/f'nbs/pooling_{a.data}.csv', {m.__name__: m for m in BOTTOM_UP}
+    rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
+    for seed, world in itertools.product(a.seeds, recipe.get('worlds', [{}])):
+        dls = loaders(recipe, world, a.runs, seed)
+        for name in a.methods:
+            key = dict(method=name, seed=seed) | world
+            is_ours = lambda r: all(r[k] == v for k, v in key.items())
+            if any(map(is_ours, rows)) and not a.again: continue
+            path = a.runs/a.data/'-'.join([name, str(seed), *map(str, world.values())])
+            if not (path/'model.safetensors').is_file(): train(methods[name](), recipe, dls, path)
+            run, h, new = load_run(path), hardware(), []
+            for split in ('valid', 'test'):
+                report = evaluate(run.localizer(), dls, split, progress=False)
+                new.append(key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | cost(run)
+                           | dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
+            rows = [r for r in rows if not is_ours(r)] + new
+            write(rows, csv)
+            print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]} s of CPU to train', flush=True)
+    show(rows)
+
+
+if __name__ == '__main__': main()
