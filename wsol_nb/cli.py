@@ -11,13 +11,10 @@ from pathlib import Path
 
 from fastcore.script import Param, anno_parser, call_parse
 
-# %% ../nbs/92_cli.ipynb #2e442992
-_METHODS = {'gap': 'wsol_nb.learner'} # where each method's module is, for `--method`
-
+# %% ../nbs/92_cli.ipynb #fdedefe8
 def _make_method(name, params):
     "A method from its name and 'key=value,key=value'."
-    import importlib, json
-    if name.lower() in _METHODS: importlib.import_module(_METHODS[name.lower()])
+    import json
     from wsol_nb.learner import find_method
     cls, kw = find_method(name), {}
     for part in filter(None, (params or '').split(',')):
