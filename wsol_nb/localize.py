@@ -130,7 +130,7 @@ def model_intact(
             for m, f in flags: m.training = f
             for p, r in needs: p.requires_grad_(r)
 
-# %% ../nbs/12_localize.ipynb #15bf0ccb
+# %% ../nbs/12_localize.ipynb #650581bd
 class Localizer:
     "Turns images into score maps. A subclass overrides `compute`."
     preset = 'wsoleval' # how its raw maps become score maps
@@ -166,8 +166,7 @@ class Localizer:
 
     def __call__(self, x=None, target=None, create_graph=False, *, input_tensor=None, targets=None)->torch.Tensor: # (B,H,W) or (B,T,H,W) float32 in [0,1]
         "Score maps of `target` at the images' size. `input_tensor` and `targets` are pytorch-grad-cam's names of `x` and `target`."
-        if (x is None) == (input_tensor is None): raise TypeError('expected either x or input_tensor')
-        if target is not None and targets is not None: raise TypeError('expected either target or targets')
+        if (x is None) == (input_tensor is None) or (target is not None and targets is not None): raise TypeError('expected either x or input_tensor, and not both target and targets')
         x, target = x if input_tensor is None else input_tensor, target if targets is None else targets
         raw = self.raw(x, target, create_graph)
         with torch.set_grad_enabled(create_graph) if not torch.is_inference_mode_enabled() else nullcontext():
