@@ -1,15 +1,19 @@
-"""Speed as ratios against a peer in the same run: python tools/bench.py (make bench). Takes about two minutes.
+"""Speed as ratios against a peer in the same run: python tools/bench.py [boxes training cams ablation scorecam] (make bench). About eight minutes.
 
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds); for training the
-same model in torch's default memory format.
+same model in torch's default memory format; for CAMs a plain no_grad forward pass, pytorch-grad-cam and torchcam.
 """
+import contextlib
+import io
 import statistics
+import sys
 import time
 
 import cv2
 import numpy as np
 import torch
 
+from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM, localize_all
 from wsol_nb.learner import hardware
 from wsol_nb.localize import reference_score_map
 from wsol_nb.metrics.boxes import TAUS, map_boxes
@@ -53,6 +57,48 @@ def training():
     print(f'training step, mobilenetv2_100 at stride 16, 224x224: {1e3*ours/16:.0f} ms an image, {peer/ours:.2f} times as fast as in the default memory format')
 
 
+def in_turns(calls, repeat):
+    "Median seconds of each call, made in turns so that all meet the same machine; the first round is not counted."
+    times = {k: [] for k in calls}
+    for r in range(repeat + 1):
+        for k, f in calls.items():
+            t = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()): f() # the peers' bars
+            if r: times[k].append(time.perf_counter() - t)
+    return {k: statistics.median(v) for k, v in times.items()}
+
+
+def resnet50():
+    "An ImageNet-sized ResNet50 with random weights in eval mode, its last layer, and four images."
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model('resnet50').eval()
+    return net, net.layer4, torch.randn(4, 3, 224, 224)
+
+
+def cams(repeat=20):
+    import pytorch_grad_cam as pgc
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from torchcam import methods as tc
+    net, layer, x = resnet50()
+    ours = {c.__name__: c(net, 'layer4') for c in (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM)}
+
+    def plain():
+        with torch.no_grad(): net(x)
+
+    def torchcam():
+        with tc.GradCAM(net, target_layer=layer) as cam: cam([1, 2, 3, 4], net(x))
+    five = ['gradcam', 'hirescam', 'gradcamplusplus', 'xgradcam', 'layercam']
+    theirs = {f'pytorch-grad-cam {c.__name__}': (lambda c=c: c(model=net, target_layers=[layer])(x, targets=[ClassifierOutputTarget(i) for i in range(1, 5)])) for c in (pgc.GradCAM, pgc.LayerCAM)}
+    calls = dict(plain=plain) | {n: (lambda l=l: l(x, [1, 2, 3, 4])) for n, l in ours.items()} | dict(five=lambda: localize_all(net, x, five, [1, 2, 3, 4], 'layer4'))
+    t = in_turns(calls, repeat) # the peers allocate a graph of the whole net, so they come apart
+    t |= {k: v*t['plain']/p for peers in [in_turns(dict(plain=plain, torchcam=torchcam) | theirs, 5)] for p in [peers.pop('plain')] for k, v in peers.items()}
+    print(f'CAMs of 4 images, ResNet50, 224x224, median of {repeat} in turns; a plain no_grad forward pass takes {1e3*t["plain"]:.0f} ms; times of it:')
+    for k, v in t.items(): print(f'  {k:<28}{v/t["plain"]:.2f}')
+
+
+BENCHES = dict(boxes=boxes, training=training, cams=cams)
+
 if __name__ == '__main__':
     print({**hardware(), 'threads': torch.get_num_threads()})
-    boxes(); training()
+    for name in sys.argv[1:] or BENCHES: BENCHES[name]()
