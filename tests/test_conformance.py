@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, localize_all
-from wsol_nb.localize import HeadMaps, Localizer
+from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
+from wsol_nb.localize import HeadMaps, Localizer, to_score_maps
 from wsol_nb.models import wsol_model
 import timm
 import torchvision
@@ -47,11 +48,14 @@ TEN = dict(resnet18=timm_net('resnet18'), resnet50=torchvision_net('resnet50'), 
 NETS = {a: (lambda a=a, s=s: wsol_model(a, 5, stride=s, verbose=False)) for a, s in ARCHS.items()} | {'Sequential': Plain} | TEN
 GRADIENT = (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, SmoothGradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM)
 LOCALIZERS = {c.__name__: c for c in (HeadMaps, *GRADIENT)} | dict(SmoothGradCAMPlusPlus=lambda m, layer=None: SmoothGradCAMPlusPlus(m, layer, n=2))
+SCORE = dict(ScoreCAM=dict(channels=8), SSCAM=dict(channels=4, n=2, std=.5), ISCAM=dict(channels=4, n=2), AblationCAM=dict(channels=8)) # small budgets
+LOCALIZERS |= {c.__name__: (lambda m, layer=None, c=c: c(m, layer, bs=6, **SCORE[c.__name__])) for c in (ScoreCAM, SSCAM, ISCAM, AblationCAM)}
 CLASS_FREE = {'EigenCAM'} # the same map whatever the class
 UNSUPPORTED = {('HeadMaps', 'Sequential'): (TypeError, 'no forward_maps')} | {('HeadMaps', a): (TypeError, 'no forward_maps') for a in TEN}
 UNSUPPORTED |= {('CAM', a): (ValueError, 'are no linear layer of the average of') for a in ('vgg16', 'convnext_tiny', 'ghostnet_100')}
 EMPTY = {(l, 'convnext_tiny') for l in ('GradCAMPlusPlus', 'SmoothGradCAMPlusPlus')} # positive weights on features that are mostly negative: ReLU leaves nothing
-SMALL = {l: ['resnet10t', 'mobilenetv2_035', 'Sequential'] for l in LOCALIZERS} | {'HeadMaps': list(ARCHS)}
+EMPTY |= {('AblationCAM', 'ghostnet_100')} # eight of 160 channels, which are negative
+SMALL = {l: ['resnet10t', 'mobilenetv2_035', 'Sequential'] for l in LOCALIZERS} | {'HeadMaps': list(ARCHS), 'SSCAM': ['resnet10t'], 'ISCAM': ['resnet10t']}
 PAIRS = [(l, n) for l in LOCALIZERS for n in SMALL[l] if (l, n) not in UNSUPPORTED]
 LAYERED = [l for l in LOCALIZERS if l != 'HeadMaps'] # take a layer
 one_net = pytest.mark.parametrize('pair', [(l, 'resnet10t') for l in LOCALIZERS], ids=lambda p: p[0])
@@ -231,7 +235,7 @@ def test_nan_map_becomes_zeros(pair):
     assert not maps[0].any() and maps[1].any() and torch.isfinite(maps).all()
 
 
-@pytest.mark.parametrize('pair', [(l, 'resnet10t') for l in LOCALIZERS if l not in CLASS_FREE], ids=lambda p: p[0])
+@pytest.mark.parametrize('pair', [(l, 'resnet10t') for l in LOCALIZERS if l not in CLASS_FREE and l not in ('ScoreCAM', 'SSCAM', 'ISCAM')], ids=lambda p: p[0])
 def test_constant_map_becomes_zeros(pair):
     "A head that says the same everywhere finds nothing, whatever rounding the resize adds."
     model = net(pair[1])
@@ -268,7 +272,8 @@ def test_ten_architectures(name, arch):
     model, x = shared(arch), wide(arch)
     before = state_of(model)
     l = LOCALIZERS[name](model)
-    maps, raw = l(x, [1, 4]), l.raw(x, [1, 4])
+    raw = l.raw(x, [1, 4])
+    maps = to_score_maps(raw, x.shape[-2:])
     assert maps.shape == (2, *x.shape[-2:]) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
     assert min(raw.shape[1:]) >= 4 and raw.isfinite().all()
     assert raw[0].std() > 0 or (name, arch) in EMPTY

@@ -73,10 +73,10 @@ def find_layer(
     if not isinstance(layer, (str, nn.Module)): raise TypeError(f'layer: expected a dotted name, a module or None, got {type(layer).__name__}')
     return layer if isinstance(layer, str) else names[layer]
 
-# %% ../../nbs/30_cam.gradient.ipynb #21e8e7bb
+# %% ../../nbs/30_cam.gradient.ipynb #eed9e097
 class _Seen:
-    "What one forward pass showed: logits, outputs A of the layers and, on request, the gradients G of the scores."
-    def __init__(self, logits, acts, names): self.logits, self.acts, self.names, self._grads = logits, acts, names, None
+    "What one forward pass of x showed: logits, outputs A of the layers and, on request, the gradients G of the scores."
+    def __init__(self, x, logits, acts, names): self.x, self.logits, self.acts, self.names, self._grads = x, logits, acts, names, None
 
     def gradients(self, target, create_graph):
         "For each of T targets the gradients at all layers, computed once; and whether there are several targets."
@@ -102,7 +102,7 @@ def _watch(model, names, x):
     with _eager(), _hooked(modules, keep): logits = _logits(model(x))
     for n in names:
         if n not in acts: raise ValueError(f'layer={n!r}: it did not run in the forward pass')
-    return _Seen(logits, [acts[n] for n in names], names)
+    return _Seen(x, logits, [acts[n] for n in names], names)
 
 # %% ../../nbs/30_cam.gradient.ipynb #dbb50a19
 class LayerLocalizer(Localizer):
