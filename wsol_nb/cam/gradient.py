@@ -73,7 +73,7 @@ def find_layer(
     if not isinstance(layer, (str, nn.Module)): raise TypeError(f'layer: expected a dotted name, a module or None, got {type(layer).__name__}')
     return layer if isinstance(layer, str) else names[layer]
 
-# %% ../../nbs/30_cam.gradient.ipynb #eed9e097
+# %% ../../nbs/30_cam.gradient.ipynb #2f2f34a9
 class _Seen:
     "What one forward pass of x showed: logits, outputs A of the layers and, on request, the gradients G of the scores."
     def __init__(self, x, logits, acts, names): self.x, self.logits, self.acts, self.names, self._grads = x, logits, acts, names, None
@@ -89,7 +89,7 @@ class _Seen:
                 if g is None: raise ValueError(f'layer={n!r}: no gradient of the scores reaches its output; does the forward pass detach, or ignore it?')
         return self._grads, scores.ndim == 2
 
-def _watch(model, names, x):
+def _watch(model, names, x, then=lambda out: out):
     "A forward pass that has a graph from the first of the layers on (everywhere, where gradients are enabled)."
     modules = {model.get_submodule(n): n for n in names}
     acts = {}
@@ -98,7 +98,7 @@ def _watch(model, names, x):
             raise ValueError(f'layer={modules[m]!r}: its output is {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}, not maps (B,K,h,w); name an earlier layer')
         torch.set_grad_enabled(True) # the caller's `set_grad_enabled` ends it
         acts[modules[m]] = out = out if out.requires_grad else out.detach().requires_grad_()
-        return out.clone()
+        return then(out.clone())
     with _eager(), _hooked(modules, keep): logits = _logits(model(x))
     for n in names:
         if n not in acts: raise ValueError(f'layer={n!r}: it did not run in the forward pass')

@@ -171,14 +171,17 @@ class ISCAM(ScoreCAM):
 
     def masks(self, H): return (H*t.to(H) for t in self.steps())
 
-# %% ../../nbs/31_cam.score.ipynb #7500d868
+# %% ../../nbs/31_cam.score.ipynb #98a1ea5e
 def _spread(out, k):
     "One image's output for k copies of the image, without copying."
     if isinstance(out, torch.Tensor): return out.expand(k, *out.shape[1:]) if out.ndim and len(out) == 1 else out
     return type(out)(_spread(o, k) for o in out) if isinstance(out, (list, tuple)) else out
 
-def _parts(m): return [p for c in m.children() for p in _parts(c)] if isinstance(m, (nn.ModuleList, nn.ModuleDict)) else [m]
+def _parts(m):
+    "The modules that are called: a container without a forward of its own stands for its children."
+    return [p for c in m.children() for p in _parts(c)] if isinstance(m, (nn.ModuleList, nn.ModuleDict)) else [m]
 
+# %% ../../nbs/31_cam.score.ipynb #a6ed1f4e
 class _Tail:
     "A net from a layer on, for one image: logits from the layer's output."
     def __init__(self, model, name, x, A, logits):
@@ -193,16 +196,15 @@ class _Tail:
         try: model(x)
         finally:
             for h in handles: h.remove()
-        for memory in (self.memory, {}):
-            self.memory = memory
-            if self.answers(A, logits): return
-        raise ValueError(f'layer={name!r}: the net cannot be run again from its output; does the layer run several times?')
+        if self.answers(A, logits): return
+        self.memory = {} # something works in place on what was remembered: run the whole net
+        if not self.answers(A, logits): raise ValueError(f'layer={name!r}: the net cannot be run again from its output; does the layer run several times?')
 
     def answers(self, A, logits):
         "Whether two copies of the untouched output give the logits of the untouched net."
         try: out = self(A.repeat(2, 1, 1, 1))
         except RuntimeError: return False
-        tol = 1e-4 if out.dtype == torch.float32 else .05
+        tol = 1e-4 if logits.dtype == torch.float32 else .05
         return out.shape[1:] == logits.shape[1:] and bool(((out - logits).abs().nan_to_num(0) <= tol*(logits.abs().max() + 1e-3).nan_to_num(1)).all())
 
     def __call__(self, A):
