@@ -1,7 +1,7 @@
 """Milliseconds of one 224x224 map, method by net: python tools/cam_times.py [--out nbs/topdown_times.csv]
 
-The tutorial's timing table, measured here; random weights, one image, 200 classes, the median of 5 turns. Score-CAM and its kin ask the net about every channel,
-up to 35 times: they are measured at 16 and 48 channels, and what all would take is extrapolated along that line and said to be so.
+The tutorial's timing table, measured here; random weights, one image, 200 classes, the median of 3 turns with a plain pass between. Score-CAM and its kin ask the net about every channel,
+up to 35 times: they are measured at 8 and 24 channels, and what all would take is extrapolated along that line and said to be so.
 """
 import argparse
 import csv
@@ -17,37 +17,37 @@ import torchvision
 
 NETS = dict(VGG16=lambda: torchvision.models.vgg16(num_classes=200, weights=None), InceptionV3=lambda: torchvision.models.inception_v3(num_classes=200, weights=None, init_weights=False), ResNet50=lambda: torchvision.models.resnet50(num_classes=200, weights=None))
 WHOLE = (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, SmoothGradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM, ExcitationBackprop, FeedbackCAM, AblationCAM)
+SLOW = (AblationCAM, FeedbackCAM)
 BY_CHANNEL = {ScoreCAM: 1, ISCAM: 10, SSCAM: 35} # and the passes for each channel
-
-
-def median(f, repeat):
-    times = []
-    for _ in range(repeat): t = time.perf_counter(); f(); times.append(1e3*(time.perf_counter() - t))
-    return statistics.median(times)
 
 
 def rows(name, device):
     torch.manual_seed(0)
     net, x = NETS[name]().eval().to(device), torch.randn(1, 3, 224, 224, device=device)
 
-    def clock(f, repeat=5):
-        def done(): f(); x.is_cuda and torch.cuda.synchronize()
-        done()
-        return median(done, repeat)
+    def once(f):
+        t = time.perf_counter()
+        f()
+        if x.is_cuda: torch.cuda.synchronize()
+        return 1e3*(time.perf_counter() - t)
 
     def plain():
         with torch.no_grad(): net(x)
-    base, layer = clock(plain), feature_layer(net, x)
+
+    def clock(f, repeat=3):
+        "Median ms, and median ratio to a plain pass just before: the machine may be shared."
+        f()
+        pairs = [(once(plain), once(f)) for _ in range(repeat)]
+        return statistics.median(b for _, b in pairs), statistics.median(b/a for a, b in pairs)
+    layer = feature_layer(net, x)
     with torch.no_grad(): K = ScoreCAM(net, layer).watch(x).acts[0].shape[1]
-    yield name, 'plain forward pass', base, 1., 'measured'
+    yield name, 'plain forward pass', *clock(plain), 'measured'
     for c in WHOLE:
-        try: t = clock(lambda: c(net, layer).raw(x, 1) if c is not FeedbackCAM else c(net).raw(x, 1), 1 if c is AblationCAM else 5)
-        except ValueError as e: yield name, c.__name__, None, None, f'does not apply: {str(e).split(";")[0]}'; continue
-        yield name, c.__name__, t, t/base, 'measured'
-    few, more = (clock(lambda: ScoreCAM(net, layer, channels=k, bs=16).raw(x, 1), 1) for k in (16, 48))
-    for c, n in BY_CHANNEL.items():
-        t = few + (more - few)/32*(n*K - 16)
-        yield name, c.__name__, t, t/base, f'extrapolated to {n}x{K} passes from 16 and 48'
+        loc = c(net) if c is FeedbackCAM else c(net, layer)
+        try: yield name, c.__name__, *clock(lambda: loc.raw(x, 1), 1 if c in SLOW else 3), 'measured'
+        except ValueError as e: yield name, c.__name__, None, None, f'does not apply: {str(e).split(";")[0]}'
+    few, more = (clock(lambda: ScoreCAM(net, layer, channels=k, bs=8).raw(x, 1), 1) for k in (8, 24))
+    for c, n in BY_CHANNEL.items(): yield name, c.__name__, *(a + (b - a)/16*(n*K - 8) for a, b in zip(few, more)), f'extrapolated to {n}x{K} passes from 8 and 24'
 
 
 if __name__ == '__main__':

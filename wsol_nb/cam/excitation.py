@@ -56,7 +56,7 @@ class _Excitation(TorchFunctionMode):
         if rule is None: raise ValueError(f'ExcitationBackprop: {name!r} has no excitation rule; it is defined for convolution, linear, BatchNorm, ReLU, pooling, addition and concatenation')
         return self.note(out, *rule)
 
-# %% ../../nbs/32_cam.excitation.ipynb #3c636824
+# %% ../../nbs/32_cam.excitation.ipynb #290a912d
 @patch
 def rule(self:_Excitation, func, name, args, kwargs):
     "r of the output and the sign that its values may be trusted with (None: they must not be negative)."
@@ -76,13 +76,13 @@ def rule(self:_Excitation, func, name, args, kwargs):
         return _share(func(p*self.r[id(x)], *args[1:], **kwargs), func(p, *args[1:], **kwargs)), self.signed.get(id(x))
     if name in ('conv2d', 'linear'):
         sign = -1 if self.n == self.negate else 1
-        self.n, self.top, p = self.n + 1, self.r[id(x)], self.positive(x)
+        self.n, p = self.n + 1, self.positive(x)
         weight = (args[1] if len(args) > 1 else kwargs['weight'])
         weight = (sign*(weight if self.graph else weight.detach())).relu()
         run = lambda t: func(t, weight, None, *args[3:], **{k: v for k, v in kwargs.items() if k not in ('weight', 'bias')})
         return _share(run(p*self.r[id(x)]), run(p)), sign
 
-# %% ../../nbs/32_cam.excitation.ipynb #1db7b6d4
+# %% ../../nbs/32_cam.excitation.ipynb #053519bb
 class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016); optionally against its opposite."
     def __init__(self, model, layer=None,
@@ -107,8 +107,8 @@ class ExcitationBackprop(LayerLocalizer):
             maps = []
             for P in starts:
                 grad = lambda out, at, p: torch.autograd.grad(out, at, p, retain_graph=True, create_graph=create_graph)[0]
-                if not self.contrastive: p = grad(r, mode.first, P)
-                else: p = grad(mode.top, mode.first, (grad(r, mode.top, P) - grad(r_not, turned.top, P)).relu())
+                p = grad(r, mode.first, P)
+                if self.contrastive: p = (p - grad(r_not, turned.first, P)).relu()
                 maps.append(p.float().sum(1))
             return seen.logits, torch.stack(maps, 1) if several else maps[0]
 
