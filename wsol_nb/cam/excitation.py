@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ExcitationBackprop', 'FeedbackCAM']
 
-# %% ../../nbs/32_cam.excitation.ipynb #d0f2364e
+# %% ../../nbs/32_cam.excitation.ipynb #d8105b14
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
-from .gradient import LayerLocalizer, _eager, _logits, _watch
+from .gradient import LayerLocalizer, _eager, _logits, _watch, feature_layer
 from ..localize import Localizer
 
 # %% ../../nbs/32_cam.excitation.ipynb #57a6156b
@@ -82,7 +82,7 @@ def rule(self:_Excitation, func, name, args, kwargs):
         run = lambda t: func(t, weight, None, *args[3:], **{k: v for k, v in kwargs.items() if k not in ('weight', 'bias')})
         return _share(run(p*self.r[id(x)]), run(p)), sign
 
-# %% ../../nbs/32_cam.excitation.ipynb #053519bb
+# %% ../../nbs/32_cam.excitation.ipynb #06a00e9c
 class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016); optionally against its opposite."
     def __init__(self, model, layer=None,
@@ -93,9 +93,9 @@ class ExcitationBackprop(LayerLocalizer):
 
     def excite(self, x, negate=None, graph=False):
         "A pass, and the relative activations after it."
-        if self.layers is None: self.watch(x[:1])
+        self.layers = self.layers or [feature_layer(self.model, x)]
         mode = _Excitation(self.layers[0], negate, graph)
-        with mode: seen = _watch(self.model, self.layers, x, mode.start)
+        with torch.set_grad_enabled(graph), mode: seen = _watch(self.model, self.layers, x, mode.start)
         return seen, mode, mode.r[id(seen.logits)]
 
     def compute(self, x, target, create_graph):

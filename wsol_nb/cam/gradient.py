@@ -7,7 +7,7 @@ __all__ = ['SINGLE_PASS', 'feature_layer', 'find_layer', 'LayerLocalizer', 'weig
            'gradcam_pp_weights', 'GradCAMPlusPlus', 'SmoothGradCAMPlusPlus', 'XGradCAM', 'LayerCAM', 'EigenCAM',
            'localize_all']
 
-# %% ../../nbs/30_cam.gradient.ipynb #ca6b79d5
+# %% ../../nbs/30_cam.gradient.ipynb #cb389458
 import re, sys
 from contextlib import contextmanager, nullcontext
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import did_you_mean
-from ..localize import Localizer, Target
+from ..localize import Localizer
 
 # %% ../../nbs/30_cam.gradient.ipynb #72fce66c
 @contextmanager

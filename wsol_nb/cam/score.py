@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fast_copy', 'ChannelLocalizer', 'ScoreCAM', 'SSCAM', 'ISCAM', 'AblationCAM']
 
-# %% ../../nbs/31_cam.score.ipynb #394e9aeb
+# %% ../../nbs/31_cam.score.ipynb #37eb4ec2
 import copy
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from fastprogress.fastprogress import progress_bar
 
 from ..core import minmax
-from .gradient import LayerLocalizer, weighted_sum
+from .gradient import LayerLocalizer, _eager, weighted_sum
 
 # %% ../../nbs/31_cam.score.ipynb #6d5de40f
 def _foldable(model, x):
@@ -62,7 +62,7 @@ def fast_copy(
         tol = 1e-3 if expected.dtype == torch.float32 else .05
         if not fold or (net(x) - expected).abs().nan_to_num(0).max() <= tol*expected.abs().nan_to_num(0).max() + 1e-6: return net if dtype is None else net.to(dtype)
 
-# %% ../../nbs/31_cam.score.ipynb #e50bcd78
+# %% ../../nbs/31_cam.score.ipynb #33fb3598
 class ChannelLocalizer(LayerLocalizer):
     "A localizer that weighs channels by running the net again. A subclass overrides `channel_weights`."
     def __init__(self,
@@ -96,7 +96,7 @@ class ChannelLocalizer(LayerLocalizer):
 
     def maps(self, seen, target, create_graph):
         A, target, several = seen.acts[0], target.pinned(seen.logits), target.scores(seen.logits).ndim == 2
-        with torch.no_grad(): w = self.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
+        with torch.no_grad(), _eager(): w = self.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
         with torch.set_grad_enabled(create_graph): return weighted_sum(w if several else w[:, 0], A.float()).relu()
 
 # %% ../../nbs/31_cam.score.ipynb #fb0cdef9
@@ -105,7 +105,7 @@ def _scores_of(target, logits, i, rows): # (k,T)
     if target.score_fn is None: return rows[:, target.classes(logits)[i].reshape(-1)].float()
     return torch.stack([target.scores(torch.cat([logits[:i], r[None].to(logits), logits[i + 1:]]))[i] for r in rows])[:, None].float()
 
-# %% ../../nbs/31_cam.score.ipynb #8f15fd1b
+# %% ../../nbs/31_cam.score.ipynb #0906eaf7
 class ScoreCAM(ChannelLocalizer):
     "Channels weighted by the softmax of the scores of the images that they mask (Wang et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
@@ -119,8 +119,8 @@ class ScoreCAM(ChannelLocalizer):
         return [H]
 
     def channel_weights(self, x, A, target, logits):
-        net, blank, asked = fast_copy(self.model, x[:1], self.dtype), getattr(self.model, 'mean', x.new_zeros(1)), self.chosen(A)
-        dtype = self.dtype or x.dtype
+        net, asked, dtype, mean = fast_copy(self.model, x[:1], self.dtype), self.chosen(A), self.dtype or x.dtype, getattr(self.model, 'mean', None)
+        blank = mean if isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], 1, 1) else x.new_zeros(1)
         several = target.scores(logits).reshape(len(x), -1).shape[1]
         w = torch.full((len(x), several, A.shape[1]), -torch.inf, device=x.device) # b,t,k
 
@@ -138,7 +138,7 @@ class ScoreCAM(ChannelLocalizer):
                 w[i, :, flat[i]] = (sum(ys)/len(ys)).T
         return w.softmax(2).nan_to_num(0)
 
-# %% ../../nbs/31_cam.score.ipynb #e1088c9c
+# %% ../../nbs/31_cam.score.ipynb #f6f60313
 class SSCAM(ScoreCAM):
     "Score-CAM averaged over noisy masks (Wang et al. 2020, SS-CAM)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False, dtype:torch.dtype=None,
@@ -152,7 +152,7 @@ class SSCAM(ScoreCAM):
 
     def masks(self, H):
         gen = torch.Generator().manual_seed(self.seed)
-        return [H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H) for _ in range(self.n)]
+        return (H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H) for _ in range(self.n))
 
 class ISCAM(ScoreCAM):
     "Score-CAM integrated over masks that fade in (Naidu et al. 2020)."
