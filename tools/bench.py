@@ -111,7 +111,7 @@ def ablation(share=16, repeat=3):
     x, target = x[:1], [ClassifierOutputTarget(1)]
     peer = pgc.AblationCAM(model=net, target_layers=[layer])
 
-    def first(activations, ratio): peer.ablation_layer.indices = list(range(2048//share)); return list(range(2048//share))
+    def first(activations, ratio): peer.ablation_layer.indices = np.arange(2048//share); return peer.ablation_layer.indices
     peer.ablation_layer.activations_to_be_ablated = first
     with torch.no_grad(): A = net.forward_features(x).numpy()
     t = in_turns(dict(ours=lambda: AblationCAM(net, 'layer4').raw(x, 1), peer=lambda: peer.get_cam_weights(x, layer, target, A, None)), repeat)
