@@ -15,7 +15,7 @@ sys.path.insert(0, str(root/'tools'))
 NOTEBOOKS = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(root).parts[1:]))
 NUMBERED = {p: p.stem.split('_', 1) for p in NOTEBOOKS if re.match(r'\d\d_', p.name)}
 MODULES = {f'wsol_nb.{name}': int(n) for n, name in NUMBERED.values()}
-CORE = [m for m, n in MODULES.items() if n < 22 and m not in ('wsol_nb.data.loaders',)] # usable without fastai
+CORE = [m for m, n in MODULES.items() if (n < 22 or 30 <= n < 40) and m not in ('wsol_nb.data.loaders',)] # usable without fastai
 
 
 def source(module): return root/(module.replace('.', '/') + '.py')

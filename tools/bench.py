@@ -1,9 +1,11 @@
-"""Speed as ratios against a peer in the same run: python tools/bench.py [boxes pixels birds training] (make bench).
+"""Speed as ratios against a peer in the same run: python tools/bench.py [boxes pixels birds training cams ablation scorecam] (make bench).
 
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds), OpenCV and numba
-on one thread; for PxAP NumPy's histogram; for training the same model in torch's default memory format. All take some
-ten minutes, nearly all of it the plain procedure on 3000 maps.
+on one thread; for PxAP NumPy's histogram; for training the same model in torch's default memory format; for CAMs a plain
+no_grad forward pass, pytorch-grad-cam and torchcam. All take some fifteen minutes.
 """
+import contextlib
+import io
 import os
 import statistics
 import sys
@@ -15,9 +17,11 @@ import numba
 import numpy as np
 import torch
 
-from wsol_nb.learner import hardware # first: it imports wsol_nb.core
+from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM, localize_all # first: it imports wsol_nb.core
+from wsol_nb.cam.score import AblationCAM, ScoreCAM
 from wsol_nb.data.manifest import Truth, read_metadata
-from wsol_nb.localize import Scorer, make_report, reference_score_map
+from wsol_nb.learner import hardware
+from wsol_nb.localize import Scorer, Target, make_report, reference_score_map
 from wsol_nb.metrics.boxes import TAUS, level_boxes, map_boxes, plain_boxes
 from wsol_nb.metrics.pixels import PxAP
 from wsol_nb.models import wsol_model
@@ -106,9 +110,92 @@ def training():
     print(f'training step, mobilenetv2_100 at stride 16, 224x224: {1e3*ours/16:.0f} ms an image, {peer/ours:.2f} times as fast as in the default memory format')
 
 
+def in_turns(calls, repeat):
+    "Median seconds of each call, made in turns so that all meet the same machine; the first round is not counted."
+    times = {k: [] for k in calls}
+    for r in range(repeat + 1):
+        for k, f in calls.items():
+            t = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()): f() # the peers' bars
+            if r: times[k].append(time.perf_counter() - t)
+    return {k: statistics.median(v) for k, v in times.items()}
+
+
+def resnet50():
+    "An ImageNet-sized ResNet50 with random weights in eval mode, its last layer, and four images."
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model('resnet50').eval()
+    return net, net.layer4, torch.randn(4, 3, 224, 224)
+
+
+def cams(repeat=20):
+    import pytorch_grad_cam as pgc
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from torchcam import methods as tc
+    net, layer, x = resnet50()
+    ours = {c.__name__: c(net, 'layer4') for c in (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM)}
+
+    def plain():
+        with torch.no_grad(): net(x)
+
+    def torchcam():
+        with tc.GradCAM(net, target_layer=layer) as cam: cam([1, 2, 3, 4], net(x))
+    five = ['gradcam', 'hirescam', 'gradcamplusplus', 'xgradcam', 'layercam']
+    theirs = {f'pytorch-grad-cam {c.__name__}': (lambda c=c: c(model=net, target_layers=[layer])(x, targets=[ClassifierOutputTarget(i) for i in range(1, 5)])) for c in (pgc.GradCAM, pgc.LayerCAM)}
+    calls = dict(plain=plain) | {n: (lambda l=l: l(x, [1, 2, 3, 4])) for n, l in ours.items()} | dict(five=lambda: localize_all(net, x, five, [1, 2, 3, 4], 'layer4'))
+    t = in_turns(calls, repeat) # the peers allocate a graph of the whole net, so they come apart
+    t |= {k: v*t['plain']/p for peers in [in_turns(dict(plain=plain, torchcam=torchcam) | theirs, 5)] for p in [peers.pop('plain')] for k, v in peers.items()}
+    print(f'CAMs of 4 images, ResNet50, 224x224, median of {repeat} in turns; a plain no_grad forward pass takes {1e3*t["plain"]:.0f} ms; times of it:')
+    for k, v in t.items(): print(f'  {k:<28}{v/t["plain"]:.2f}')
+
+
+def quiet(f):
+    "The call without a peer's bar on stderr."
+    with contextlib.redirect_stderr(io.StringIO()): return f()
+
+
+def ablation(share=16, repeat=3):
+    "One image, all 2048 channels; the peer on a share of them, its time extrapolated."
+    import pytorch_grad_cam as pgc
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    net, layer, x = resnet50()
+    x, target = x[:1], [ClassifierOutputTarget(1)]
+    peer = pgc.AblationCAM(model=net, target_layers=[layer])
+
+    def first(activations, ratio): peer.ablation_layer.indices = np.arange(2048//share); return peer.ablation_layer.indices
+    peer.ablation_layer.activations_to_be_ablated = first
+    with torch.no_grad(): A = net.forward_features(x).numpy()
+    t = in_turns(dict(ours=lambda: AblationCAM(net, 'layer4').raw(x, 1), peer=lambda: peer.get_cam_weights(x, layer, target, A, None)), repeat)
+    print(f'Ablation-CAM of an image, ResNet50 layer4, 224x224: {t["ours"]:.2f} s, {share*t["peer"]/t["ours"]:.0f} times as fast as pytorch-grad-cam ({share*t["peer"]:.0f} s, extrapolated from {2048//share} of 2048 channels)')
+
+
+def scorecam(k=64, repeat=5):
+    "One image, k channels: the time to weigh them, and the maps that the weights make."
+    import pytorch_grad_cam as pgc
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    net, layer, x = resnet50()
+    x, target = x[:1], [ClassifierOutputTarget(1)]
+    with torch.no_grad(): A, logits = net.forward_features(x)[:, :k], net(x)
+
+    def weights(loc):
+        with torch.no_grad(): return loc.channel_weights(x, A, Target(1, 1), logits)[0, 0]
+    peer = pgc.ScoreCAM(model=net, target_layers=[layer])
+    peer.batch_size = 32
+    calls = {n: (lambda l=ScoreCAM(net, 'layer4', dtype=d): weights(l)) for n, d in (('float32', None), ('bfloat16', torch.bfloat16))}
+    calls |= dict(peer=lambda: peer.get_cam_weights(x, layer, target, A.numpy(), None))
+    t = in_turns(calls, repeat)
+    maps = {n: torch.einsum('k,khw->hw', torch.as_tensor(quiet(f)).flatten().float(), A[0]).relu().flatten() for n, f in calls.items()}
+    def corr(a, b): return torch.corrcoef(torch.stack([maps[a], maps[b]]))[0, 1]
+    print(f'Score-CAM weights of {k} channels, ResNet50 layer4, 224x224: {t["float32"]:.2f} s, {t["peer"]/t["float32"]:.2f} times as fast as pytorch-grad-cam (maps correlate {corr("float32", "peer"):.5f}); '
+          f'in bfloat16 {t["peer"]/t["bfloat16"]:.2f} times (with float32 {corr("bfloat16", "float32"):.5f})')
+
+
+BENCHES = dict(boxes=boxes, pixels=pixels, birds=birds, training=training, cams=cams, ablation=ablation, scorecam=scorecam)
+
 if __name__ == '__main__':
     print({**hardware(), 'threads': torch.get_num_threads()})
     cv2.setNumThreads(1); numba.set_num_threads(1)
-    for f in sys.argv[1:] or ('boxes', 'pixels', 'birds', 'training'):
-        torch.set_num_threads((os.cpu_count() or 1) if f == 'training' else 1)
-        globals()[f]()
+    for name in sys.argv[1:] or BENCHES:
+        torch.set_num_threads((os.cpu_count() or 1) if name == 'training' else 1)
+        BENCHES[name]()

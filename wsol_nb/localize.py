@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'Target', 'check_preset', 'to_score_maps', 'reference_scor
            'HeadMaps', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report', 'make_report',
            'evaluate']
 
-# %% ../nbs/12_localize.ipynb #ef6e331b
+# %% ../nbs/12_localize.ipynb #1b738011
 import html, json, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -21,29 +21,33 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
 from .core import check_boxes, minmax
-from .metrics.boxes import BoxAcc, BoxRules, Overlaps, box_overlaps, centre_map, level_boxes, one_box
+from .metrics.boxes import BoxAcc, BoxRules, box_overlaps, centre_map, level_boxes, one_box
 from .metrics.pixels import PxAP
 
-# %% ../nbs/12_localize.ipynb #fb63b20e
+# %% ../nbs/12_localize.ipynb #24f4c462
 class Target:
     "What a map explains: class positions, or a differentiable score of the logits."
     def __init__(self,
-        target, # None, int, (B,) or (B,T) ints, or a callable logits -> (B,)
+        target, # None, int, (B,) or (B,T) ints, a callable logits -> (B,), or B callables logits (C,) -> number
         n:int, # batch size B
     ):
         self.score_fn, self.index = None, None
         if callable(target): self.score_fn = target
+        elif isinstance(target, (list, tuple)) and target and all(map(callable, target)):
+            if len(target) != n: raise ValueError(f'target: got {len(target)} callables for a batch of {n} images; expected one an image, or a single one of all logits')
+            self.score_fn = lambda logits: torch.stack([f(z) for f, z in zip(target, logits)])
         elif target is not None:
             idx = torch.as_tensor(target)
             if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool: raise TypeError(f'target: expected class positions (int), got {idx.dtype}')
             if idx.ndim == 0: idx = idx.expand(n)
             if idx.ndim > 2 or len(idx) != n: raise ValueError(f'target: got shape {tuple(idx.shape)} for a batch of {n} images; expected one class, ({n},) or ({n},T)')
-            self.index = idx.long()
+            with torch.inference_mode(False): self.index = idx.long().clone() # a graph may need it
 
     def classes(self, logits)->torch.Tensor: # (B,) or (B,T) int64
         "The class positions; those of the top-1 where no target was given."
@@ -59,6 +63,10 @@ class Target:
         s = self.score_fn(logits)
         if not isinstance(s, torch.Tensor) or s.shape != logits.shape[:1]: raise ValueError(f'target: the callable must turn logits {tuple(logits.shape)} into shape ({len(logits)},), got {getattr(s, "shape", type(s).__name__)}')
         return s
+
+    def pinned(self, logits):
+        "The same target, with the top-1 of `logits` as its classes where none were given: for methods that run the net again."
+        return self if self.score_fn else Target(self.classes(logits), len(logits))
 
     def weights(self, logits)->torch.Tensor: # (B,C), only for a callable
         "How the score changes with each logit."
@@ -101,11 +109,13 @@ def reference_score_map(
     big = cv2.resize(np.asarray(raw, np.float64), (size, size), interpolation=cv2.INTER_CUBIC)
     return minmax(torch.from_numpy(big)).numpy()
 
-# %% ../nbs/12_localize.ipynb #a7caa67d
+# %% ../nbs/12_localize.ipynb #85e18f00
 def unwrap(
-    model, # a module, possibly DataParallel, DDP or compiled
+    model, # a module, possibly DataParallel, DDP or compiled, or a fastai Learner
 ):
     "The module inside: hooks and `forward_maps` of a wrapped model do not fire or are not there."
+    if not isinstance(model, nn.Module): model = getattr(model, 'model', model) # a Learner
+    if not isinstance(model, nn.Module): raise TypeError(f'model: expected a torch module or a fastai Learner, got {type(model).__name__}')
     while True:
         inner = getattr(model, '_orig_mod', None) or (model.module if type(model).__name__ in ('DataParallel', 'DistributedDataParallel') else None)
         if inner is None: return model
@@ -126,7 +136,7 @@ def model_intact(
             for m, f in flags: m.training = f
             for p, r in needs: p.requires_grad_(r)
 
-# %% ../nbs/12_localize.ipynb #b6532c44
+# %% ../nbs/12_localize.ipynb #650581bd
 class Localizer:
     "Turns images into score maps. A subclass overrides `compute`."
     preset = 'wsoleval' # how its raw maps become score maps
@@ -160,8 +170,10 @@ class Localizer:
         self.logits = logits.detach().float()
         return maps.float() if create_graph else maps.detach().float()
 
-    def __call__(self, x, target=None, create_graph=False)->torch.Tensor: # (B,H,W) or (B,T,H,W) float32 in [0,1]
-        "Score maps of `target` at the images' size."
+    def __call__(self, x=None, target=None, create_graph=False, *, input_tensor=None, targets=None)->torch.Tensor: # (B,H,W) or (B,T,H,W) float32 in [0,1]
+        "Score maps of `target` at the images' size. `input_tensor` and `targets` are pytorch-grad-cam's names of `x` and `target`."
+        if (x is None) == (input_tensor is None) or (target is not None and targets is not None): raise TypeError('expected either x or input_tensor, and not both target and targets')
+        x, target = x if input_tensor is None else input_tensor, target if targets is None else targets
         raw = self.raw(x, target, create_graph)
         with torch.set_grad_enabled(create_graph) if not torch.is_inference_mode_enabled() else nullcontext():
             return to_score_maps(raw, x.shape[-2:], self.preset)
@@ -171,6 +183,13 @@ class Localizer:
         return f'{type(self).__name__}({getattr(self.model, "arch", type(self.model).__name__)}, preset={(preset or self.preset)!r})'
 
     def __repr__(self): return self.describe()
+
+# %% ../nbs/12_localize.ipynb #23eacc23
+@patch
+def __enter__(self:Localizer): return self
+
+@patch
+def __exit__(self:Localizer, *error): return None
 
 # %% ../nbs/12_localize.ipynb #08958be9
 class HeadMaps(Localizer):
@@ -283,7 +302,7 @@ def summary(self:Scorer, taus=None):
     pick = lambda a, acc: None if taus is None else (acc.fixed if a == 'boxes' else acc.tau) if taus == 'fixed' else taus.get(a)
     return {a: acc.summary(pick(a, acc)) for a, acc in self.accs.items() if not a.startswith('centre') and acc.n}
 
-# %% ../nbs/12_localize.ipynb #e7402ada
+# %% ../nbs/12_localize.ipynb #767c5b44
 def _value(row, scores, classified):
     "A ledger row with its cells, {column: %}."
     b, m = scores.get('boxes'), scores.get('boxes_px')
@@ -300,7 +319,7 @@ def supervision_ledger(
 )->list: # of dicts: selection, tau, used, scores
     "The same counts under each source of τ, with the annotations that each used beyond image labels."
     used = lambda *what: ', '.join(filter(None, (selected_by, *what))) or 'nothing'
-    rows = [(f'oracle', used(f'{split} truth for τ'), None)]
+    rows = [('oracle', used(f'{split} truth for τ'), None)]
     if carried: rows.append((f'{carried[0]}', used(f'{carried[0]} truth for τ'), carried[1]))
     rows.append(('fixed', used(), 'fixed'))
     return [_value(dict(selection=selection, tau=t, used=u), scorer.summary(source), scorer.tally['classified']) for t, u, source in rows]

@@ -1,0 +1,134 @@
+"""Gradient localizers against pytorch-grad-cam and torchcam, which are oracles here and never imported by the library.
+
+Where a peer follows the paper, normalised maps agree to 1e-4 on three architectures; where it does not, the test shows by how much and that the
+formula is ours. Layers with an MLP or a normalisation behind them (VGG, ConvNeXt) have gradients that vary over positions.
+"""
+import numpy as np
+import pytest
+import torch
+
+from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, feature_layer, weighted_sum
+from wsol_nb.core import minmax
+from wsol_nb.localize import to_score_maps
+import timm
+
+pgc = pytest.importorskip('pytorch_grad_cam')
+tc = pytest.importorskip('torchcam.methods')
+SCALE = 1e3 # random nets have tiny gradients, which the peers' ε of 1e-6 to 1e-8 would drown; CAMs are compared at this multiple of the score
+_nets = {}
+
+
+@pytest.fixture(params=['resnet18', 'vgg11_bn', 'densenet121'])
+def net(request):
+    if request.param not in _nets:
+        torch.manual_seed(3)
+        model = timm.create_model(request.param, num_classes=6).eval()
+        if 'vgg' in request.param: model.pre_logits, model.head.fc = timm.models.vgg.ConvMlp(512, 64, 3).eval(), torch.nn.Linear(64, 6) # a narrow MLP head is enough
+        _nets[request.param] = model
+    return _nets[request.param]
+
+
+def images(): return torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+
+
+def layer_of(net): return net.get_submodule(feature_layer(net, images()))
+
+
+class Scaled(torch.nn.Module):
+    "The net with logits times SCALE."
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return SCALE*self.net(x)
+
+
+def of_pgc(peer, net, c):
+    "pytorch-grad-cam's map at image size."
+    targets = [pgc.utils.model_targets.ClassifierOutputTarget(i) for i in c]
+    with getattr(pgc, peer)(model=net, target_layers=[layer_of(net.net if isinstance(net, Scaled) else net)]) as cam: return torch.from_numpy(cam(images(), targets=targets))
+
+
+def of_torchcam(peer, net, c, **kw):
+    "torchcam's normalised map at layer size."
+    x = images()
+    with getattr(tc, peer)(net, target_layer=layer_of(net.net if isinstance(net, Scaled) else net), **kw) as cam:
+        scores = net(x.requires_grad_())
+        return cam(c, scores)[0].detach()
+
+
+def close(a, b): assert a.shape == b.shape and (a - b).abs().max() < 1e-4, (a - b).abs().max()
+
+
+def as_pgc(raw): return minmax(to_score_maps(raw, (128, 160), 'fcam')) # bilinear, then min-max once more
+
+
+def filled(raw): assert raw.flatten(1).std(1).min() > 0, 'an empty map would agree with anything'; return raw
+
+
+def classes(net, cls):
+    "A class an image for which the map is not empty."
+    return cls(net).raw(images(), [list(range(6))]*2).flatten(2).std(2).argmax(1).tolist()
+
+
+@pytest.mark.parametrize('peer, ours', [('GradCAM', GradCAM), ('GradCAMPlusPlus', GradCAMPlusPlus), ('XGradCAM', XGradCAM), ('LayerCAM', LayerCAM)])
+def test_same_as_pytorch_grad_cam(net, peer, ours):
+    big, c = Scaled(net), classes(net, ours)
+    close(as_pgc(filled(ours(big).raw(images(), c))), of_pgc(peer, big, c))
+
+
+@pytest.mark.parametrize('peer, ours', [('GradCAM', GradCAM), ('XGradCAM', XGradCAM), ('LayerCAM', LayerCAM)])
+def test_same_as_torchcam(net, peer, ours):
+    big, c = Scaled(net), classes(net, ours)
+    close(minmax(filled(ours(big).raw(images(), c))), of_torchcam(peer, big, c))
+
+
+def test_cam_as_torchcam(net):
+    if 'VGG' in type(net).__name__: pytest.skip('CAM does not apply to a net with an MLP head')
+    raw = filled(CAM(net).raw(images(), [1, 2]))
+    with tc.CAM(net, target_layer=layer_of(net), fc_layer=net.get_classifier()) as cam:
+        with torch.no_grad(): theirs = cam([1, 2], net(images()))[0]
+    close(minmax(raw), theirs)
+
+
+def test_hirescam_of_pytorch_grad_cam_drops_negative_evidence(net):
+    c = classes(net, HiResCAM)
+    raw = filled(HiResCAM(net).raw(images(), c))
+    assert torch.stack([HiResCAM(net).raw(images(), k) for k in range(6)]).min() < 0, 'ours keeps it'
+    close(as_pgc(raw.relu()), of_pgc('HiResCAM', net, c))
+
+
+def test_torchcam_has_another_gradcam_plus_plus(net):
+    "Its α is divided on a copy and stays G²: the weight becomes the sum of relu(G)³."
+    big, c = Scaled(net), classes(net, GradCAMPlusPlus)
+    seen = GradCAM(big)
+    with torch.enable_grad():
+        watched = seen.watch(images())
+        A, G = watched.acts[0].detach(), torch.autograd.grad(watched.logits[range(2), c].sum(), watched.acts[0])[0]
+    theirs = of_torchcam('GradCAMpp', big, c)
+    close(minmax(weighted_sum(G.relu().pow(3).sum((2, 3)), A).relu()), theirs)
+    assert (minmax(filled(GradCAMPlusPlus(big).raw(images(), c))) - theirs).abs().max() > .02
+
+
+def test_small_gradients_drown_in_the_epsilon_of_pytorch_grad_cam(net):
+    "Unscaled, its Grad-CAM++ divides by 2G² + SG³ + 1e-6, and G² is smaller than that."
+    c = classes(net, GradCAMPlusPlus)
+    ours, theirs = as_pgc(filled(GradCAMPlusPlus(net).raw(images(), c))), of_pgc('GradCAMPlusPlus', net, c)
+    assert (ours - theirs).abs().max() > 1e-4
+
+
+def test_eigencam_of_pytorch_grad_cam_is_centred(net):
+    "It subtracts the mean feature vector first, which the paper does not, and leaves the sign to chance."
+    watched = EigenCAM(net).watch(images())
+    A = watched.acts[0].detach().flatten(2).double()
+    theirs = of_pgc('EigenCAM', net, [0, 0])
+    for i in range(2):
+        P = A[i].T - A[i].T.mean(0)
+        m = (P@torch.linalg.svd(P, full_matrices=False)[2][0]).reshape(1, *watched.acts[0].shape[2:]).float()
+        assert min((as_pgc(s*m.relu() if s > 0 else (-m).relu())[0] - theirs[i]).abs().max() for s in (1, -1)) < 1e-3
+        full = (A[i].T@torch.linalg.svd(A[i].T, full_matrices=False)[2][0]).abs().reshape(m.shape[1:]).float()
+        close(minmax(EigenCAM(net).raw(images())[i]), minmax(full))
+
+
+def test_one_target_for_a_batch_is_not_silently_wrong(net):
+    "pytorch-grad-cam answers one target for two images with an empty second map; here it is an error."
+    one = pgc.utils.model_targets.ClassifierOutputTarget(classes(net, GradCAM)[0])
+    with pytest.raises(ValueError, match='1 callables for a batch of 2'): GradCAM(net)(images(), targets=[one])
+    assert np.array_equal(GradCAM(net)(input_tensor=images(), targets=[one, one]), GradCAM(net)(images(), one.category))
