@@ -55,7 +55,7 @@ LOCALIZERS = {c.__name__: c for c in (HeadMaps, *GRADIENT)} | dict(SmoothGradCAM
 SCORE = dict(ScoreCAM=dict(channels=8), SSCAM=dict(channels=4, n=2, std=.5), ISCAM=dict(channels=4, n=2), AblationCAM=dict(channels=8)) # small budgets
 LOCALIZERS |= {c.__name__: (lambda m, layer=None, c=c: c(m, layer, bs=6, **SCORE[c.__name__])) for c in (ScoreCAM, SSCAM, ISCAM, AblationCAM)}
 LOCALIZERS |= dict(ExcitationBackprop=ExcitationBackprop, Contrastive=lambda m, layer=None: ExcitationBackprop(m, layer, contrastive=True), FeedbackCAM=lambda m: FeedbackCAM(m, steps=2))
-CLASS_FREE = {'EigenCAM'} # the same map whatever the class
+CLASS_FREE = {'EigenCAM', 'DeepMILHead'} # the same map whatever the class
 UNSUPPORTED = {('HeadMaps', 'Sequential'): (TypeError, 'no forward_maps')} | {('HeadMaps', a): (TypeError, 'no forward_maps') for a in TEN}
 UNSUPPORTED |= {('CAM', a): (ValueError, 'are no linear layer of the average of') for a in ('vgg16', 'convnext_tiny', 'ghostnet_100')}
 UNSUPPORTED |= {(l, a): (ValueError, 'is defined behind a ReLU') for a in ('efficientnet_b0', 'convnext_tiny') for l in ('ExcitationBackprop', 'Contrastive')}
@@ -131,7 +131,8 @@ def test_shape_range_dtype(loc):
 def test_odd_sizes(loc, size):
     x = images(*size, n=2)
     maps = loc(x, 1)
-    assert maps.shape == (2, *size) and torch.isfinite(maps).all() and maps.flatten(1).any(1).all()
+    assert maps.shape == (2, *size) and torch.isfinite(maps).all()
+    if type(loc) is not AblationCAM: assert maps.flatten(1).any(1).all() # its eight channels may all speak against the class
     same(loc(x[1:], 1)[0], maps[1], 2e-3)
 
 
@@ -149,7 +150,7 @@ def test_targets(loc):
     same(none, loc.raw(x, loc.logits.argmax(1)), 0)
     same(loc.raw(x, 2), loc.raw(x, [2, 2, 2]), 0)
     same(loc.raw(x, torch.tensor([2, 0, 1])), loc.raw(x, (2, 0, 1)), 0)
-    if type(loc).__name__ not in CLASS_FREE: assert not torch.equal(loc.raw(x, 0), loc.raw(x, 1)), 'another class, the same map'
+    if {type(loc).__name__, type(getattr(loc.model, 'head', None)).__name__}.isdisjoint(CLASS_FREE): assert not torch.equal(loc.raw(x, 0), loc.raw(x, 1)), 'another class, the same map'
     several = loc.raw(x, [[0, 1], [2, 3], [4, 0]])
     assert several.shape[:2] == (3, 2)
     two = loc.raw(x, 2)

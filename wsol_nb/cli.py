@@ -130,7 +130,7 @@ def wsol_train(
     _finish(learn, config['train'], out)
     return learn
 
-# %% ../nbs/92_cli.ipynb #ddb4bc51
+# %% ../nbs/92_cli.ipynb #30f818ff
 def _metadata(metadata, dataset):
     "Root and dataset from a WSOL root, its metadata folder, or a dataset's folder in it."
     from wsol_nb.core import did_you_mean
@@ -145,15 +145,17 @@ def _metadata(metadata, dataset):
 
 def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
     "Score stored maps; τ is carried over where the other split's maps are there too."
-    from wsol_nb.core import env_folder
+    from wsol_nb.core import did_you_mean, env_folder
     from wsol_nb.data.manifest import MapStore, read_metadata
     from wsol_nb.stored import score_maps
     metadata = metadata or env_folder('WSOL_DATA')
     if metadata is None: raise ValueError('metadata: expected --metadata ROOT, or WSOL_DATA set to one')
     root, name = _metadata(metadata, dataset)
-    df, out, store = read_metadata(root, name), Path(out or 'maps-report'), MapStore(maps)
+    df, out, store = read_metadata(root, name), Path(out or f'{Path(maps).resolve().name}-report'), MapStore(maps)
+    if tau_from not in (None, 'tune', *df.split.unique()): raise ValueError(f'tau_from={tau_from!r}: {did_you_mean(tau_from, df.split.unique())}')
     common = dict(size=size, name=f'maps in {Path(maps).name}', dataset=name, **scoring)
-    other = next((s for s in ((tau_from,) if tau_from != 'tune' else ('valpx', 'val', 'valcl')) if s in set(df.split) and s != split), None)
+    other = next((s for s in ((tau_from,) if tau_from != 'tune' else ('valpx', 'val', 'valcl')) if s in set(df.split)), None)
+    if other == split: other = None # that is the oracle row
     ready = other and all(i in store for i in df.image_id[df.split == other])
     carried = score_maps(store, df, other, journal=out/f'journal-{other}.npz', **common | dict(bootstrap=0)) if ready else None
     if other and not ready: print(f'the maps of split {other!r} are not all there, so no τ is carried over from it')
@@ -180,7 +182,7 @@ def _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **
     print(f'{report}\nwritten: {page}')
     return report
 
-# %% ../nbs/92_cli.ipynb #fef10343
+# %% ../nbs/92_cli.ipynb #17e4eefd
 @call_parse
 def wsol_eval(
     run:Param('run folder; none with --maps', str, opt=False, nargs='?')=None,
@@ -198,13 +200,15 @@ def wsol_eval(
     first_box:bool=False, # only the first true box of an image counts
     tight:bool=False, # boxes end at their last pixel instead of one past it
     skip_bad:bool=False, # leave bad images out, and say so
-    out:str=None, # where the report goes; default: the run folder, or maps-report
+    out:str=None, # where the report goes; default: the run folder, or <maps>-report
     workers:int=None, # loader processes; default 0 on a CPU
     bs:int=32, # batch size
 ):
     "Score a run, or stored score maps, on a split: a table with the supervision ledger, a JSON report, for a run an HTML page."
     from wsol_nb.metrics.boxes import BoxRules
     if (run is None) == (maps is None): raise ValueError('run: expected a run folder, or --maps FOLDER')
+    idle = dict(preset=preset, skip_bad=skip_bad or None, workers=workers) if maps else dict(metadata=metadata, dataset=dataset, size=None if size == 224 else size)
+    if lost := [k for k, v in idle.items() if v is not None]: raise ValueError(f"{lost[0]}: is not for {'--maps' if maps else 'a run, which knows its data'}")
     scoring = dict(bootstrap=bootstrap, fixed_tau=fixed_tau, mask_tau=mask_tau, first_box=first_box, rules=BoxRules(tight=tight))
     tau_from = None if str(tau_from).lower() == 'none' else tau_from
     if maps: return _eval_maps(maps, metadata or data, dataset, split, size, tau_from, out, **scoring)

@@ -391,7 +391,7 @@ def resume(
     learn.rows, cb.smooth = state['rows'], state['smooth']
     return learn.first_epoch
 
-# %% ../nbs/22_learner.ipynb #be488ba1
+# %% ../nbs/22_learner.ipynb #25bc4576
 class KeepBest(Callback):
     "Keeps the weights of the epochs that are best by truth (`loc`) and by accuracy (`cl`), the first of equal ones, in a run folder."
     order = Recorder.order + 2 # the row of the epoch is there
@@ -402,7 +402,7 @@ class KeepBest(Callback):
 
     def before_fit(self):
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.learn.rows: self.best = {}; [f.unlink() for f in self.path.glob('select-*.safetensors')]
+        if not self.learn.rows: self.best = {}
         else: self.best = json.loads((self.path/'selection.json').read_text()) if (self.path/'selection.json').is_file() else {}
 
     def after_epoch(self):
@@ -413,7 +413,8 @@ class KeepBest(Callback):
             if column is None or not row[column] > self.best.get(name, {}).get('value', -math.inf): continue
             self.best[name] = dict(epoch=row['epoch'], column=column, value=float(row[column]))
             save_weights(self.learn.model, self.path/f'select-{name}.safetensors')
-        self.best['last'] = dict(epoch=row['epoch'])
+        self.best |= dict(last=dict(epoch=row['epoch']), kept='last')
+        save_weights(self.learn.model, self.path/'select-last.safetensors')
         write_json(self.path/'selection.json', self.best)
 
 def keep(
@@ -421,14 +422,15 @@ def keep(
     path, # its run folder
     select:str='last', # 'last', 'loc' or 'cl'
 ):
-    "Put the weights of a selected epoch into the model; the last ones stay in the folder beside it."
+    "Put the weights of a selected epoch into the model; `save_run` then keeps them."
     from safetensors.torch import load_file
-    file = Path(path)/f'select-{select}.safetensors'
-    if select != 'last' and not file.is_file(): raise ValueError(f'select={select!r}: {path} keeps no such epoch')
-    if not (Path(path)/'select-last.safetensors').is_file(): save_weights(learn.model, Path(path)/'select-last.safetensors')
-    if select != 'last': unwrap(learn.model).load_state_dict(load_file(file))
+    file, log = Path(path)/f'select-{select}.safetensors', Path(path)/'selection.json'
+    best = json.loads(log.read_text()) if log.is_file() else {}
+    if select not in best or not file.is_file(): raise ValueError(f'select={select!r}: {path} keeps {", ".join(k for k in best if k != "kept") or "no epoch; was it trained with KeepBest?"}')
+    unwrap(learn.model).load_state_dict(load_file(file))
+    write_json(log, best | dict(kept=select))
 
-# %% ../nbs/22_learner.ipynb #109f7c9c
+# %% ../nbs/22_learner.ipynb #54579227
 def score_run(
     run:Run, # from `load_run`
     dls:WSOLDataLoaders, # its data
@@ -439,19 +441,20 @@ def score_run(
     "Score a run under each choice of epoch and each source of τ."
     kept, roles = run.localizer(), dls.info.roles
     report = evaluate(kept, dls, split, progress=progress, **kwargs)
-    file = run.path/'selection.json'
-    if not file.is_file() or not report.ledger: return report, kept
-    best = json.loads(file.read_text())
+    if not report.ledger: return report, kept
+    file, own = run.path/'selection.json', run.config.get('train', {}).get('select')
+    best = json.loads(file.read_text()) if file.is_file() else {own: None} if own else {}
+    own = best.pop('kept', own)
     used = dict(last='', loc=f"{roles['tune']} truth for the epoch", cl=f"{roles['valid']} labels for the epoch")
     title = dict(last='last', loc='B-LOC', cl='B-CL')
-    own, rows, done = run.config.get('train', {}).get('select', 'last'), [], {}
+    rows, done = [], {}
     for name in sorted(best, key=lambda n: (n != own, n)):
-        epoch = best[name]['epoch']
+        epoch = best[name] and best[name]['epoch']
         if epoch not in done: done[epoch] = report if not done else evaluate(load_run(run.path, dls.device, name).localizer(), dls, split, progress=progress, **kwargs)
         for r in done[epoch].ledger:
             beyond = ', '.join(filter(None, (used[name], '' if r['used'] == 'nothing' else r['used']))) or 'nothing'
-            rows.append(r | dict(selection=f'{title[name]} ({epoch + 1})', used=beyond))
-    report.ledger = rows
+            rows.append(r | dict(selection=title[name] + ('' if epoch is None else f' ({epoch + 1})'), used=beyond))
+    if rows: report.ledger = rows
     return report, kept
 
 # %% ../nbs/22_learner.ipynb #5c1bc5cf

@@ -258,7 +258,7 @@ class Scorer:
             out |= dict(boxes_px=self.accs['boxes_px'].measure(found, mask, image_id), centre_px=self.accs['centre_px'].measure(self.centre_map, mask, image_id))
         return out | dict(empty=is_map and not found.any(), no_box=not len(boxes), no_mask=mask is None, no_map=not is_map)
 
-# %% ../nbs/12_localize.ipynb #a9638d4d
+# %% ../nbs/12_localize.ipynb #96399d49
 @patch
 def count(self:Scorer,
     seen:dict, # from `look`
@@ -285,13 +285,16 @@ def state(self:Scorer)->dict: # {name: int64 array}
 @patch
 def load_state(self:Scorer, state):
     "Go on from a `state`."
-    self.tally = dict(zip(self.tally, map(int, state['tally'])))
+    self.tally = dict(zip(self.tally, map(int, state['tally']), strict=True))
     for a, acc in self.accs.items(): acc.load_state({k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{a}.')})
     return self
 
 @patch
 def merge(self:Scorer, other):
     "Add what another scorer has counted."
+    for k in ('size', 'rules', 'first_box'):
+        if getattr(self, k) != getattr(other, k): raise ValueError(f'other: scored with {k}={getattr(other, k)}, this one with {k}={getattr(self, k)}')
+    if self.accs.keys() != other.accs.keys(): raise ValueError(f'other: has counts of {", ".join(other.accs)}, this one of {", ".join(self.accs)}')
     for k, v in other.tally.items(): self.tally[k] += v
     for a, acc in self.accs.items(): acc.merge(other.accs[a])
     return self
@@ -299,10 +302,11 @@ def merge(self:Scorer, other):
 @patch
 def summary(self:Scorer, taus=None):
     "Box and mask scores at their best τ, at those of another summary, or at the fixed τs."
-    pick = lambda a, acc: None if taus is None else (acc.fixed if a == 'boxes' else acc.tau) if taus == 'fixed' else taus.get(a)
-    return {a: acc.summary(pick(a, acc)) for a, acc in self.accs.items() if not a.startswith('centre') and acc.n}
+    own = {a: acc for a, acc in self.accs.items() if not a.startswith('centre') and acc.n}
+    if taus == 'fixed': taus = {a: acc.fixed if a == 'boxes' else acc.tau for a, acc in own.items()}
+    return {a: acc.summary(None if taus is None else taus[a]) for a, acc in own.items() if taus is None or taus.get(a) is not None} # what the other lacks stays blank
 
-# %% ../nbs/12_localize.ipynb #767c5b44
+# %% ../nbs/12_localize.ipynb #6f9ce6ef
 def _value(row, scores, classified):
     "A ledger row with its cells, {column: %}."
     b, m = scores.get('boxes'), scores.get('boxes_px')
@@ -322,6 +326,7 @@ def supervision_ledger(
     rows = [('oracle', used(f'{split} truth for τ'), None)]
     if carried: rows.append((f'{carried[0]}', used(f'{carried[0]} truth for τ'), carried[1]))
     rows.append(('fixed', used(), 'fixed'))
+    rows = [r for r in rows if scorer.summary(r[2])]
     return [_value(dict(selection=selection, tau=t, used=u), scorer.summary(source), scorer.tally['classified']) for t, u, source in rows]
 
 def ledger_text(
@@ -333,7 +338,7 @@ def ledger_text(
     for r in ledger: lines.append(f'{r["selection"]:<12}{r["tau"]:<10}' + ''.join(f'{"" if (v := r["scores"].get(c)) is None else format(v, ".1f"):>13}' for c in columns) + f'   {r["used"]}')
     return '\n'.join(lines)
 
-# %% ../nbs/12_localize.ipynb #2587f663
+# %% ../nbs/12_localize.ipynb #b95f74c1
 class Row(NamedTuple):
     "A line of a report's table; None where it does not apply."
     name: str
@@ -352,7 +357,7 @@ def _box_rows(b, c, tops):
     d, cov = f'{b["coverage"]["delta"]:g}', b['coverage']
     for k in tops: rows.append(Row(f'Top-{k} localization δ={d}', (m := b[f'top{k}_loc'][d])['value'], m['tau'], _ci(m)))
     for how, of in (('image', ''), ('class', ', class average')):
-        if b['corloc'][how]: rows.append(Row(f'CorLoc δ={d}{of}', b['corloc'][how][d], b['corloc']['tau'], None, c['corloc'][how][d]))
+        if b['corloc'] and b['corloc'][how]: rows.append(Row(f'CorLoc δ={d}{of}', b['corloc'][how][d], b['corloc']['tau'], None, c['corloc'][how][d]))
     rows.append(Row(f'object inside the box, at the τ of δ={d}', cov['value'], cov['tau'], None, c['coverage']['value']))
     half = int(np.argmin(np.abs(np.array(b['curve']['taus']) - .5)))
     if abs(b['curve']['taus'][half] - .5) < 1e-6: rows.append(Row('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], None, c['curve']['coverage'][half]))
@@ -363,6 +368,7 @@ def _pixel_rows(p, c):
     f, ones = p['fixed'], p['all_ones']
     rows = [Row('PxAP', p['pxap']['value'], None, _ci(p['pxap']), c['pxap']['value'], ones['pxap'])]
     rows += [Row(f'F1{s} (mean of {f[f"n_{k}"]} images)', f[f'f1_{k}'], f['tau'], None, c['fixed'][f'f1_{k}'], ones[f'f1_{k}']) for k, s in (('pos', '+'), ('neg', '−'))]
+    rows += [Row(f'F1{s} of all pixels', f[k], f['tau'], None, c['fixed'][k]) for k, s in (('dice', '+'), ('dice_background', '−'))]
     return rows + [Row(f'best {n} of all pixels', p[k]['value'], p[k]['tau'], None, c[k]['value']) for k, n in (('dice', 'Dice'), ('miou', 'mIoU'))]
 
 # %% ../nbs/12_localize.ipynb #1cb89eca
@@ -446,7 +452,7 @@ def _repr_html_(self:Report):
     rows = [(r['selection'], r['tau'], r['used'], *(num(r['scores'].get(c)) for c in columns)) for r in self.ledger]
     return out + '<b>Supervision ledger</b>' + _html_table(('epoch selected by', 'τ from', 'annotations used beyond image labels', *columns), rows, left=3)
 
-# %% ../nbs/12_localize.ipynb #c1290eee
+# %% ../nbs/12_localize.ipynb #1c4c7909
 def make_report(
     scorer:Scorer, # of one split
     protocol:dict, # with 'split'
@@ -456,8 +462,10 @@ def make_report(
     images=None, # per-image table
 )->Report:
     "The report of what a scorer has counted."
-    t, got = scorer.tally, {a: acc.compute() for a, acc in scorer.accs.items() if acc.n}
-    missing = dict(images_without_a_true_box=t['no_box']*('boxes' in got), images_without_a_mask=t['no_mask']*('boxes_px' in got), empty_maps=t['empty'],
+    t = scorer.tally
+    try: got = {a: acc.compute() for a, acc in scorer.accs.items() if acc.n}
+    except ValueError as e: raise ValueError(f"split {protocol['split']!r}: {e}") from None
+    missing = dict(images_without_a_true_box_left_out_of_the_box_figures=t['no_box']*('boxes' in got), images_without_a_mask_left_out_of_the_pixel_figures=t['no_mask']*('boxes_px' in got), empty_maps=t['empty'],
                    images_with_a_box_and_no_map_so_map_metrics_do_not_apply=t['no_map'])
     accuracy = {k: 100*t[k]/t['classified'] for k in ('top1', 'top5')} if t['classified'] else None
     protocol = protocol | dict(rules=asdict(scorer.rules), first_box=scorer.first_box, supervision=f"τ: oracle, the truth of {protocol['split']!r}" if got else 'none')

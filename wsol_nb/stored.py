@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['check_maps', 'Journal', 'score_maps', 'write_maps']
 
-# %% ../nbs/14_stored.ipynb #cdf75ad0
+# %% ../nbs/14_stored.ipynb #608e4308
 import hashlib, json, os, time
+from dataclasses import asdict, is_dataclass
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
+import wsol_nb
 from .core import did_you_mean
 from .data.manifest import MapStore, Truth
 from .localize import Report, Scorer, make_report, reference_score_map
@@ -39,7 +42,7 @@ def check_maps(
     strange = [Path(f).relative_to(store.root).as_posix() for f in strange if not Path(f).name.startswith('.')]
     if strange: raise ValueError(f'{len(strange)} maps in {store.root} belong to no image of the dataset: {strange[0]!r}; {did_you_mean(strange[0], (f"{i}.npy" for i in ids))}')
 
-# %% ../nbs/14_stored.ipynb #02480608
+# %% ../nbs/14_stored.ipynb #7c468eee
 class Journal:
     "The state of a scorer on disk, and how many images it has counted."
     def __init__(self,
@@ -53,7 +56,9 @@ class Journal:
     def load(self, scorer)->int: # images done
         "Put the state back; 0 where there is none."
         if self.path is None or not self.path.is_file(): return 0
-        with np.load(self.path) as z: state = dict(z)
+        try:
+            with np.load(self.path) as z: state = dict(z)
+        except (OSError, EOFError, ValueError, BadZipFile) as e: raise ValueError(f'{self.path}: is damaged ({e}); delete it to start anew') from None
         if not np.array_equal(state.pop('print'), self.print): raise ValueError(f'{self.path}: was counted on other data or with other settings; delete it, or choose another folder for the result')
         scorer.load_state(state)
         return scorer.tally['images']
@@ -62,7 +67,7 @@ class Journal:
         "Write the state if it is time; it appears whole or not at all."
         if self.path is None or not now and time.time() - self.last < self.every: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f'{self.path}.part', 'wb') as f: np.savez(f, print=self.print, **scorer.state())
+        with open(f'{self.path}.part', 'wb') as f: np.savez(f, print=self.print, **scorer.state()); f.flush(); os.fsync(f.fileno())
         os.replace(f'{self.path}.part', self.path)
         self.last = time.time()
 
@@ -70,7 +75,7 @@ class Journal:
         "All is counted; the journal is no longer needed."
         if self.path is not None: self.path.unlink(missing_ok=True)
 
-# %% ../nbs/14_stored.ipynb #7924d637
+# %% ../nbs/14_stored.ipynb #08e3c3f8
 @delegates(Scorer, but=['boxed', 'masked'])
 def score_maps(
     maps, # folder of score maps, or a `MapStore`
@@ -93,8 +98,9 @@ def score_maps(
     check_maps(store, df, split)
     truth = Truth(df[df.split == split], size)
     scorer = Scorer(size, truth.n_boxed > 0, truth.n_masked > 0, bootstrap=bootstrap, **kwargs)
-    settings = dict(maps=str(store.root.resolve()), ids=hashlib.sha256('\n'.join(truth.df.image_id).encode()).hexdigest(), split=split, size=size, bootstrap=bootstrap, more=repr(sorted(kwargs.items())),
-                    truth=hashlib.sha256(repr([b.tolist() for b in truth.boxes] + truth.df['mask'].tolist()).encode()).hexdigest())
+    files = [store.find(i).stat() for i in truth.df.image_id]
+    settings = dict(version=wsol_nb.__version__, maps=str(store.root.resolve()), files=[(f.st_size, f.st_mtime_ns) for f in files], split=split, size=size, bootstrap=bootstrap,
+                    rows=truth.df[['image_id', 'label', 'mask', 'ignore']].values.tolist(), boxes=[b.tolist() for b in truth.boxes], options={k: asdict(v) if is_dataclass(v) else np.asarray(v).tolist() for k, v in kwargs.items()})
     book = Journal(journal, settings, every)
     done, classes = book.load(scorer), np.searchsorted(np.unique(df.label), truth.df.label)
     if done: print(f'{done} of {len(truth)} maps were scored before')
@@ -112,7 +118,7 @@ def score_maps(
     book.close()
     return report
 
-# %% ../nbs/14_stored.ipynb #349e2774
+# %% ../nbs/14_stored.ipynb #6a2c4f90
 def write_maps(
     localizer, # what turns images into maps
     dls, # `WSOLDataLoaders`
@@ -120,13 +126,14 @@ def write_maps(
     maps, # folder, or a `MapStore`
     preset:str=None, # how raw maps become score maps; None: the localizer's own
     size:int=None, # side of the stored maps; None: that of the evaluation grid
+    dtype=np.float32, # float64 keeps every digit, at twice the room
     progress:bool=True, # show a bar
 )->MapStore:
-    "Write the score maps of the true classes of a split, float32."
+    "Write the score maps of the true classes of a split."
     store, part = maps if isinstance(maps, MapStore) else MapStore(maps), dls.localizable(split)
     ids = part.df.image_id
     part.order = np.array([i for i in range(len(part)) if ids[i] not in store], int)
     n = -(-len(part)//part.bs)
     for b in progress_bar(part, total=n, leave=False) if progress and n else part:
-        for raw, i in zip(localizer.raw(b.x, b.y).cpu().numpy(), b.rows): store.save(ids[i], reference_score_map(raw, size or part.size, preset or localizer.preset))
+        for raw, i in zip(localizer.raw(b.x, b.y).cpu().numpy(), b.rows): store.save(ids[i], reference_score_map(raw, size or part.size, preset or localizer.preset), dtype)
     return store

@@ -131,7 +131,7 @@ class DataInfo:
         for i, ls in enumerate(several): hot[i, np.searchsorted(self.class_ids, ls)] = 1
         return hot
 
-# %% ../../nbs/03_data.loaders.ipynb #dba3666a
+# %% ../../nbs/03_data.loaders.ipynb #8bba24b4
 class WSOLDataset:
     "The images of one split: items are (image,), (image, label) or (image, label, stored map)."
     n_inp = 1
@@ -165,7 +165,7 @@ class WSOLDataset:
         item = (to_tensor(img),)
         if self.targets is not None: item += (torch.as_tensor(self.targets[i]),)
         if self.maps is not None:
-            stored = Image.fromarray(self.maps.load(self.df.image_id[i]), mode='F')
+            stored = Image.fromarray(self.maps.load(self.df.image_id[i]).astype(np.float32), mode='F')
             item += (torch.from_numpy(np.array(self.recipe.place(stored, size, resize, g))),)
         return item
 

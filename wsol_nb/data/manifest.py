@@ -425,7 +425,7 @@ class Truth:
         masks = self.df['mask'][i]
         return read_mask(masks, self.df['ignore'][i], (self.size, self.size)) if len(masks) else None
 
-# %% ../../nbs/02_data.manifest.ipynb #2c450bfc
+# %% ../../nbs/02_data.manifest.ipynb #ddcddb42
 class MapStore:
     "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
     def __init__(self,
@@ -445,20 +445,20 @@ class MapStore:
 
     def __contains__(self, image_id): return self.find(image_id) is not None
 
-    def save(self, image_id, score_map):
-        "Write a map; it appears whole or not at all."
+    def save(self, image_id, score_map, dtype=np.float32):
+        "Write a map; it appears whole or not at all. float64 keeps every digit of a score."
         s = check_score_map(np.asarray(score_map.cpu() if hasattr(score_map, 'cpu') else score_map), name=f'map of {image_id}')
         p = self.path(image_id)
         p.parent.mkdir(parents=True, exist_ok=True)
         part = p.with_name(f'.{p.name}.{os.getpid()}')
-        with open(part, 'wb') as f: np.save(f, s.astype(np.float32))
+        with open(part, 'wb') as f: np.save(f, s.astype(dtype))
         os.replace(part, p)
 
-    def load(self, image_id)->np.ndarray: # (H,W) float32
+    def load(self, image_id)->np.ndarray: # (H,W) float32, or float64 where it was written so
         "Read a map; also found under the id without its suffix."
         f = self.find(image_id)
         if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
         try: s = np.load(f, allow_pickle=False)
         except (ValueError, OSError, EOFError) as e: raise ValueError(f'map of {image_id}: {f} cannot be read as an array ({e})') from None
         if s.dtype.kind not in 'fiub': raise ValueError(f'map of {image_id}: expected numbers, got an array of {s.dtype}')
-        return check_score_map(s, name=f'map of {image_id}').astype(np.float32)
+        return check_score_map(s, name=f'map of {image_id}').astype(np.float64 if s.dtype == np.float64 else np.float32)

@@ -374,7 +374,7 @@ class Counts:
             setattr(self, k, own[k] + v)
         return self
 
-# %% ../../nbs/10_metrics.boxes.ipynb #7e4bb30d
+# %% ../../nbs/10_metrics.boxes.ipynb #4c4d607d
 _UNIT = 2**32
 KINDS = ('single', 'multi', 'top1', 'top5')
 
@@ -390,7 +390,9 @@ class BoxAcc(Counts):
     ):
         self.deltas = np.asarray(deltas, dtype=np.float64)
         self.taus = TAUS if taus is None else np.asarray(taus, dtype=np.float64)
-        self.fixed, self._args = fixed, (bootstrap, seed)
+        if not 0 <= fixed < 1: raise ValueError(f'fixed={fixed}: expected a threshold from 0 to below 1')
+        near = self.taus[abs(self.taus - fixed).argmin()]
+        self.fixed, self._args = float(near) if abs(near - fixed) < .01 else None, (bootstrap, seed) # None: the fixed τ is not among own taus
         self.reset()
 
     def reset(self):
@@ -413,11 +415,11 @@ class BoxAcc(Counts):
         self.counts += hits
         self.coverage += np.rint(overlaps.coverage*_UNIT).astype(np.int64)
         self._resample(image_id, hits)
-        if label is None: return
+        if label is None or self.fixed is None: return
         if label >= len(self.classes): self.classes = np.concatenate((self.classes, np.zeros((label + 1 - len(self.classes), hits.shape[1] + 1), np.int64)))
         self.classes[label] += (1, *hit[:, abs(self.taus - self.fixed).argmin()])
 
-# %% ../../nbs/10_metrics.boxes.ipynb #098455a7
+# %% ../../nbs/10_metrics.boxes.ipynb #f27f3948
 def _interval(values): return dict(zip(('low', 'high'), np.percentile(values, (2.5, 97.5)).tolist()))
 
 @patch
@@ -439,7 +441,8 @@ def summary(self:BoxAcc,
     "Box accuracies by contour mode and class, at the τs asked for."
     if not self.n: raise ValueError('no image was counted, so there is no BoxAcc')
     self._flush()
-    out = {}
+    out, names = {}, [f'{d:g}' for d in self.deltas]
+    if isinstance(taus, dict) and any(d not in taus[k] for k in KINDS for d in names): raise ValueError(f'taus: carried over from δ = {", ".join(taus["single"])}, but these are scored at {", ".join(names)}')
     for kind in KINDS:
         found = {f'{d:g}': self._at(kind, i, taus[kind][f'{d:g}']['tau'] if isinstance(taus, dict) else taus) for i, d in enumerate(self.deltas)}
         out[kind] = {d: value for d, (value, _) in found.items()}
@@ -448,7 +451,8 @@ def summary(self:BoxAcc,
 
 @patch
 def corloc(self:BoxAcc)->dict: # {'tau', 'image': {δ: %}, 'class': {δ: %} or None}
-    "Localized at the fixed τ, as an average over images and over classes (those that have images)."
+    "Localized at the fixed τ, as an average over images and over classes (those that have images); None where that τ was not counted."
+    if self.fixed is None: return None
     at = abs(self.taus - self.fixed).argmin()
     seen = self.classes[self.classes[:, :1].ravel() > 0]
     name = lambda values: {f'{d:g}': float(v) for d, v in zip(self.deltas, values)}

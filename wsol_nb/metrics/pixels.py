@@ -42,7 +42,7 @@ def check_mask(
     if len(odd): raise ValueError(f'{name}: expected values 0, 1 and 255 (ignored), got {np.unique(odd)[:5].tolist()} too')
     return mask.astype(np.uint8)
 
-# %% ../../nbs/11_metrics.pixels.ipynb #19af7a8b
+# %% ../../nbs/11_metrics.pixels.ipynb #0edb4910
 _UNIT = 2**32 # means of images are summed in fixed point
 
 class PxAP(Counts):
@@ -58,7 +58,7 @@ class PxAP(Counts):
         if self.taus[0] != 0 or (np.diff(self.taus) <= 0).any() or self.taus[-1] >= 1: raise ValueError(f'taus: expected thresholds that start at 0 and rise below 1, got {self.taus.tolist()[:5]}')
         self.edges, self._args = np.append(self.taus, [1., 2., 3.]), (bootstrap, seed)
         self.at = int(abs(self.edges[:-2] - tau).argmin())
-        if not 0 < tau < 1 or abs(self.edges[self.at] - tau) > 1e-6: raise ValueError(f'tau={tau}: expected one of the thresholds, above 0')
+        if not 0 < tau < 1 or abs(self.edges[self.at] - tau) > 1e-6: raise ValueError(f'tau={tau}: expected one of the thresholds in taus, above 0')
         self.tau = float(self.edges[self.at])
         self.reset()
 
@@ -137,7 +137,7 @@ def summary(self:PxAP,
         out[k] = dict(value=float(c[k][at]), tau=float(edges[at]))
     return out
 
-# %% ../../nbs/11_metrics.pixels.ipynb #461198f6
+# %% ../../nbs/11_metrics.pixels.ipynb #b38fd33c
 @patch
 def compute(self:PxAP)->dict: # percentages, τs and curves
     "PxAP, best pooled Dice and mIoU, F1+ and F1− at the fixed τ with the all-ones baseline, pixel confusion, areas under the curves."
@@ -148,10 +148,11 @@ def compute(self:PxAP)->dict: # percentages, τs and curves
     curves, at, edges = _curves(self.hist), self.at, self.edges[:-2]
     mean = lambda total, n: 100*int(total)/int(n)/_UNIT if n else None
     pxap = dict(value=100*float(average_precision(self.hist)))
-    if self.bootstrap: pxap |= _interval(100*average_precision(self.boot))
+    drawn = self.boot[:, 1].sum(-1) > 0 # of few images a replicate may hold no foreground
+    if drawn.any(): pxap |= _interval(100*average_precision(self.boot[drawn]))
     areas = {k: float(np.trapezoid(curves[k], edges)) for k in ('dice', 'miou', 'tp', 'fn', 'fp', 'tn')}
     return dict(n=int(self.n), pxap=pxap, **self.summary(), tau_source='oracle',
                 fixed=dict(tau=self.tau, f1_pos=mean(self.f1[0], self.f1_n[0]), f1_neg=mean(self.f1[1], self.f1_n[1]), n_pos=int(self.f1_n[0]), n_neg=int(self.f1_n[1]),
-                           dice=float(curves['dice'][at]), miou=float(curves['miou'][at]), confusion={k: float(curves[k][at]) for k in ('tp', 'fn', 'fp', 'tn')}),
+                           dice=float(curves['dice'][at]), dice_background=float(curves['dice_background'][at]), miou=float(curves['miou'][at]), confusion={k: float(curves[k][at]) for k in ('tp', 'fn', 'fp', 'tn')}),
                 all_ones=dict(pxap=100*positives/(positives + negatives), f1_pos=mean(self.ones[0], self.f1_n[0]), f1_neg=0.), areas=areas,
                 curve=dict(taus=edges.tolist(), **{k: v.round(4).tolist() for k, v in curves.items() if k in ('precision', 'recall', 'dice', 'miou')}))
