@@ -105,7 +105,8 @@ def test_localize_shell(run, world, tmp_path):
 
 def start(world, out, epochs):
     return subprocess.Popen([BIN/'wsol_train', '--data', str(world), '--out', str(out), '--epochs', str(epochs), *TINY],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background may have been told to ignore it
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
