@@ -662,6 +662,7 @@ d = { 'settings': { 'branch': 'main',
                                 'wsol_nb.stored.Journal.close': ('stored.html#journal.close', 'wsol_nb/stored.py'),
                                 'wsol_nb.stored.Journal.load': ('stored.html#journal.load', 'wsol_nb/stored.py'),
                                 'wsol_nb.stored.Journal.save': ('stored.html#journal.save', 'wsol_nb/stored.py'),
+                                'wsol_nb.stored._what': ('stored.html#_what', 'wsol_nb/stored.py'),
                                 'wsol_nb.stored.check_maps': ('stored.html#check_maps', 'wsol_nb/stored.py'),
                                 'wsol_nb.stored.score_maps': ('stored.html#score_maps', 'wsol_nb/stored.py'),
                                 'wsol_nb.stored.write_maps': ('stored.html#write_maps', 'wsol_nb/stored.py')}}}

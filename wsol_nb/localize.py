@@ -258,7 +258,7 @@ class Scorer:
             out |= dict(boxes_px=self.accs['boxes_px'].measure(found, mask, image_id), centre_px=self.accs['centre_px'].measure(self.centre_map, mask, image_id))
         return out | dict(empty=is_map and not found.any(), no_box=not len(boxes), no_mask=mask is None, no_map=not is_map)
 
-# %% ../nbs/12_localize.ipynb #96399d49
+# %% ../nbs/12_localize.ipynb #afb103a4
 @patch
 def count(self:Scorer,
     seen:dict, # from `look`
@@ -289,6 +289,7 @@ def load_state(self:Scorer, state):
     for a, acc in self.accs.items(): acc.load_state({k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{a}.')})
     return self
 
+# %% ../nbs/12_localize.ipynb #a3b62e8f
 @patch
 def merge(self:Scorer, other):
     "Add what another scorer has counted."

@@ -75,7 +75,14 @@ class Journal:
         "All is counted; the journal is no longer needed."
         if self.path is not None: self.path.unlink(missing_ok=True)
 
-# %% ../nbs/14_stored.ipynb #08e3c3f8
+# %% ../nbs/14_stored.ipynb #918354fb
+def _what(store, truth, **settings):
+    "What must be the same for a journal to go on: the version, the settings, rows and boxes, size and time of each map file."
+    files = [store.find(i).stat() for i in truth.df.image_id]
+    return dict(version=wsol_nb.__version__, maps=str(store.root.resolve()), files=[(f.st_size, f.st_mtime_ns) for f in files], boxes=[b.tolist() for b in truth.boxes],
+                rows=truth.df[['image_id', 'label', 'mask', 'ignore']].values.tolist(), **settings)
+
+# %% ../nbs/14_stored.ipynb #9a2a0f96
 @delegates(Scorer, but=['boxed', 'masked'])
 def score_maps(
     maps, # folder of score maps, or a `MapStore`
@@ -98,10 +105,8 @@ def score_maps(
     check_maps(store, df, split)
     truth = Truth(df[df.split == split], size)
     scorer = Scorer(size, truth.n_boxed > 0, truth.n_masked > 0, bootstrap=bootstrap, **kwargs)
-    files = [store.find(i).stat() for i in truth.df.image_id]
-    settings = dict(version=wsol_nb.__version__, maps=str(store.root.resolve()), files=[(f.st_size, f.st_mtime_ns) for f in files], split=split, size=size, bootstrap=bootstrap,
-                    rows=truth.df[['image_id', 'label', 'mask', 'ignore']].values.tolist(), boxes=[b.tolist() for b in truth.boxes], options={k: asdict(v) if is_dataclass(v) else np.asarray(v).tolist() for k, v in kwargs.items()})
-    book = Journal(journal, settings, every)
+    what = _what(store, truth, split=split, size=size, bootstrap=bootstrap, options={k: asdict(v) if is_dataclass(v) else np.asarray(v).tolist() for k, v in kwargs.items()})
+    book = Journal(journal, what, every)
     done, classes = book.load(scorer), np.searchsorted(np.unique(df.label), truth.df.label)
     if done: print(f'{done} of {len(truth)} maps were scored before')
     def look(i):
