@@ -45,7 +45,7 @@ def row(name, make, model, dls, split):
         if getattr(loc, 'kept', None) is not None: kept.extend(loc.kept.tolist())
         return out
     loc.raw = timed
-    r = evaluate(loc, dls, split, progress=False)
+    r = evaluate(loc, dls, split, tau_from=None, progress=False)
     scores = {f'max_box_acc_{d}': f"{r.boxes['max_box_acc'][d]['value']:.2f}" for d in ('0.3', '0.5', '0.7')}
     return dict(method=name, split=r.protocol['split'], images=r.n, layer=', '.join(getattr(loc, 'layers', None) or []), **scores, max_box_acc_v2=f"{r.boxes['max_box_acc_v2']:.2f}",
                 **{'centre_0.5': f"{r.centre['max_box_acc']['0.5']['value']:.2f}"}, variance_kept=f'{sum(kept)/len(kept):.3f}' if kept else '', ms_image=f'{1e3*seconds[0]/r.n:.1f}')

@@ -102,7 +102,7 @@ def main():
             if not (path/'model.safetensors').is_file(): train(methods[name](), recipe, dls, path)
             run, h, new = load_run(path), hardware(), []
             for split in ('valid', 'test'):
-                report = evaluate(run.localizer(), dls, split, progress=False)
+                report = evaluate(run.localizer(), dls, split, tau_from=None, progress=False)
                 new.append(key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | cost(run)
                            | dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
             rows = [r for r in rows if not is_ours(r)] + new

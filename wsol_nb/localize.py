@@ -307,7 +307,7 @@ def summary(self:Scorer, taus=None):
     if taus == 'fixed': taus = {a: acc.fixed if a == 'boxes' else acc.tau for a, acc in own.items()}
     return {a: acc.summary(None if taus is None else taus[a]) for a, acc in own.items() if taus is None or taus.get(a) is not None} # what the other lacks stays blank
 
-# %% ../nbs/12_localize.ipynb #6f9ce6ef
+# %% ../nbs/12_localize.ipynb #cb8c7d64
 def _value(row, scores, classified):
     "A ledger row with its cells, {column: %}."
     b, m = scores.get('boxes'), scores.get('boxes_px')
@@ -319,27 +319,26 @@ def supervision_ledger(
     scorer:Scorer, # of one split
     split:str, # its name
     carried=None, # (split, `summary`) whose τs are carried over
-    selection:str='as given', # how the epoch was chosen
-    selected_by:str='', # what that used
 )->list: # of dicts: selection, tau, used, scores
     "The same counts under each source of τ, with the annotations that each used beyond image labels."
-    used = lambda *what: ', '.join(filter(None, (selected_by, *what))) or 'nothing'
-    rows = [('oracle', used(f'{split} truth for τ'), None)]
-    if carried: rows.append((f'{carried[0]}', used(f'{carried[0]} truth for τ'), carried[1]))
-    rows.append(('fixed', used(), 'fixed'))
-    rows = [r for r in rows if scorer.summary(r[2])]
-    return [_value(dict(selection=selection, tau=t, used=u), scorer.summary(source), scorer.tally['classified']) for t, u, source in rows]
+    rows = [('oracle', f'{split} truth for τ', scorer.summary()), ('fixed', 'nothing', scorer.summary('fixed'))]
+    if carried: rows.insert(1, (carried[0], f'{carried[0]} truth for τ', scorer.summary(carried[1])))
+    return [_value(dict(selection='as given', tau=t, used=u), scores, scorer.tally['classified']) for t, u, scores in rows if scores]
+
+def _columns(ledger):
+    "The scores that any row of a ledger has."
+    return list(dict.fromkeys(c for r in ledger for c in r['scores']))
 
 def ledger_text(
     ledger, # rows of `supervision_ledger`
 )->str:
     "The ledger as a text table."
-    columns = list(dict.fromkeys(c for r in ledger for c in r['scores']))
+    columns = _columns(ledger)
     lines = [f'{"selection":<12}{"τ from":<10}' + ''.join(f'{c:>13}' for c in columns) + '   annotations used beyond image labels']
     for r in ledger: lines.append(f'{r["selection"]:<12}{r["tau"]:<10}' + ''.join(f'{"" if (v := r["scores"].get(c)) is None else format(v, ".1f"):>13}' for c in columns) + f'   {r["used"]}')
     return '\n'.join(lines)
 
-# %% ../nbs/12_localize.ipynb #b95f74c1
+# %% ../nbs/12_localize.ipynb #75aef682
 class Row(NamedTuple):
     "A line of a report's table; None where it does not apply."
     name: str
@@ -350,6 +349,8 @@ class Row(NamedTuple):
     ones: float = None   # the map that is 1 everywhere
 
 def _ci(m): return (m['low'], m['high']) if 'low' in m else None
+
+def _range(interval): return '' if interval is None else '{:.1f}–{:.1f}'.format(*interval)
 
 def _box_rows(b, c, tops):
     "Rows of `BoxAcc.compute()` and that of the centre."
@@ -372,7 +373,7 @@ def _pixel_rows(p, c):
     rows += [Row(f'F1{s} of all pixels', f[k], f['tau'], None, c['fixed'][k]) for k, s in (('dice', '+'), ('dice_background', '−'))]
     return rows + [Row(f'best {n} of all pixels', p[k]['value'], p[k]['tau'], None, c[k]['value']) for k, n in (('dice', 'Dice'), ('miou', 'mIoU'))]
 
-# %% ../nbs/12_localize.ipynb #1cb89eca
+# %% ../nbs/12_localize.ipynb #bb034f6b
 @dataclass
 class Report:
     "What was found on a split: protocol, classification, boxes, pixels, ledger, counts. Percentages throughout."
@@ -406,12 +407,12 @@ class Report:
     def __str__(self):
         p, cell = self.protocol, lambda v, f='.1f': format('' if v is None else format(v, f), '>10')
         head = f"{p['dataset']}/{p['split']}, {self.n} images, {p['localizer']}"
-        lines = [f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{"" if r.interval is None else "{:.1f}–{:.1f}".format(*r.interval):>14}{cell(r.centre)}{cell(r.ones)}' for r in self.rows()]
+        lines = [f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{_range(r.interval):>14}{cell(r.centre)}{cell(r.ones)}' for r in self.rows()]
         table = [head, f'{"":<44}{"%":>10}{"τ":>10}{"95 %":>14}{"centre":>10}{"all ones":>10}', *lines, *self.note()]
         return '\n'.join(table + (['', ledger_text(self.ledger)] if self.ledger else []))
     __repr__ = __str__
 
-# %% ../nbs/12_localize.ipynb #f158571c
+# %% ../nbs/12_localize.ipynb #9a1b3685
 @patch
 def to_dict(self:Report):
     "Everything but the per-image table, as plain JSON types."
@@ -445,22 +446,21 @@ def _html_table(head, rows, left=1):
 @patch
 def _repr_html_(self:Report):
     num = lambda v, f='.1f': '' if v is None else format(v, f)
-    rows = [(r.name, num(r.value), num(r.tau, '.3f'), '' if r.interval is None else '{:.1f}–{:.1f}'.format(*r.interval), num(r.centre), num(r.ones)) for r in self.rows()]
+    rows = [(r.name, num(r.value), num(r.tau, '.3f'), _range(r.interval), num(r.centre), num(r.ones)) for r in self.rows()]
     out = f'<b>{html.escape(str(self).split(chr(10))[0])}</b>' + _html_table(('', '%', 'τ', '95 %', 'centre box', 'all ones'), rows)
     out += ''.join(f'<div>{html.escape(l)}</div>' for l in self.note())
     if not self.ledger: return out
-    columns = list(dict.fromkeys(c for r in self.ledger for c in r['scores']))
+    columns = _columns(self.ledger)
     rows = [(r['selection'], r['tau'], r['used'], *(num(r['scores'].get(c)) for c in columns)) for r in self.ledger]
     return out + '<b>Supervision ledger</b>' + _html_table(('epoch selected by', 'τ from', 'annotations used beyond image labels', *columns), rows, left=3)
 
-# %% ../nbs/12_localize.ipynb #1c4c7909
+# %% ../nbs/12_localize.ipynb #139db8e4
 def make_report(
     scorer:Scorer, # of one split
     protocol:dict, # with 'split'
     counts:dict=None, # further counts
     carried=None, # (split, `summary`) whose τs are carried over
     seconds:float=0., # that it took
-    images=None, # per-image table
 )->Report:
     "The report of what a scorer has counted."
     t = scorer.tally
@@ -471,7 +471,7 @@ def make_report(
     accuracy = {k: 100*t[k]/t['classified'] for k in ('top1', 'top5')} if t['classified'] else None
     protocol = protocol | dict(rules=asdict(scorer.rules), first_box=scorer.first_box, supervision=f"τ: oracle, the truth of {protocol['split']!r}" if got else 'none')
     return Report(protocol, t['images'], accuracy, got.get('boxes'), got.get('centre'), got.get('boxes_px'), got.get('centre_px'),
-                  supervision_ledger(scorer, protocol['split'], carried) if got else [], scorer.summary() if got else None, missing | (counts or {}), seconds, images=images)
+                  supervision_ledger(scorer, protocol['split'], carried) if got else [], scorer.summary() if got else None, missing | (counts or {}), seconds)
 
 def _world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 

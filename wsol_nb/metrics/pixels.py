@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['check_mask', 'PxAP', 'average_precision']
 
-# %% ../../nbs/11_metrics.pixels.ipynb #7ed0575c
+# %% ../../nbs/11_metrics.pixels.ipynb #152fd33c
 import math
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core import check_score_map
-from .boxes import TAUS, Counts, _interval, compiled
+from .boxes import _UNIT, TAUS, Counts, _interval, compiled
 
 # %% ../../nbs/11_metrics.pixels.ipynb #4bfa4b31
 @compiled
@@ -42,9 +42,7 @@ def check_mask(
     if len(odd): raise ValueError(f'{name}: expected values 0, 1 and 255 (ignored), got {np.unique(odd)[:5].tolist()} too')
     return mask.astype(np.uint8)
 
-# %% ../../nbs/11_metrics.pixels.ipynb #0edb4910
-_UNIT = 2**32 # means of images are summed in fixed point
-
+# %% ../../nbs/11_metrics.pixels.ipynb #bc360dcb
 class PxAP(Counts):
     "Histograms of scores over background and foreground pixels, and F1 of images at a fixed τ; `merge` is exact."
     fields, same = ('hist', 'f1', 'f1_n', 'ones'), ('taus', 'tau')
