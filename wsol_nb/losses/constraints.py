@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'quadratic_penalty', 'check_t', 'log_barrier', 'barrier_t', 'size', 'centroid', 'spread', 'length',
-           'ratio', 'check_probs', 'make_bounds', 'check_bounds', 'Constraint', 'SizePenalty', 'SizeBarrier',
-           'AbsoluteSizeBarrier']
+           'ratio', 'check_probs', 'make_bounds', 'Constraint', 'SizePenalty', 'SizeBarrier', 'AbsoluteSizeBarrier',
+           'Proposal', 'dual_ascent', 'SizeLagrangian']
 
-# %% ../../nbs/52_losses.constraints.ipynb #71896c8a
+# %% ../../nbs/52_losses.constraints.ipynb #b7e9797c
 import math
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import did_you_mean
-from .partial import widen
+from .partial import check_maps, describe, widen
 
 # %% ../../nbs/52_losses.constraints.ipynb #9d1c153e
 def quadratic_penalty(
@@ -26,14 +27,15 @@ def quadratic_penalty(
     "The square of what exceeds 0."
     return F.relu(widen(f)).square()
 
-# %% ../../nbs/52_losses.constraints.ipynb #e4ccb4e1
+# %% ../../nbs/52_losses.constraints.ipynb #8a96a8f4
 def check_t(
     t, # number or tensor
+    name:str='t', # how the message names it
 ):
     "A ValueError unless `t` is a finite temperature above 0."
     if isinstance(t, torch.Tensor): ok = bool((t.isfinite() & (t > 0)).all())
     else: ok = isinstance(t, Real) and not isinstance(t, bool) and 0 < t < math.inf
-    if not ok: raise ValueError(f't={t!r}: expected a finite number above 0')
+    if not ok: raise ValueError(f'{name}={t!r}: expected a finite number above 0')
 
 def log_barrier(
     f:torch.Tensor, # any shape; the constraint is f ≤ 0
@@ -49,7 +51,7 @@ def log_barrier(
     log = -torch.log(-torch.where(inside, f, joint))/t
     return torch.where(inside, log, t*f + 2*t.log()/t + 1/t)
 
-# %% ../../nbs/52_losses.constraints.ipynb #ebd34502
+# %% ../../nbs/52_losses.constraints.ipynb #6e37f0af
 def barrier_t(
     epoch, # 0 for the first; may be a fraction
     t0:float=1., # t at epoch 0
@@ -57,47 +59,44 @@ def barrier_t(
     t_max:float=10., # cap
 )->float:
     "The temperature of an epoch: t0·mu^epoch, at most t_max."
-    check_t(t0); check_t(t_max)
+    check_t(t0, 't0'); check_t(t_max, 't_max')
     if not epoch >= 0: raise ValueError(f'epoch={epoch!r}: expected 0 or more')
     if not 1 <= mu < math.inf: raise ValueError(f'mu={mu!r}: expected a finite number of at least 1')
     if t_max < t0: raise ValueError(f't_max={t_max!r}: is below t0={t0!r}')
     return t_max if epoch*math.log(mu) >= math.log(t_max/t0) else t0*mu**epoch
 
-# %% ../../nbs/52_losses.constraints.ipynb #deaa30f9
+# %% ../../nbs/52_losses.constraints.ipynb #3fa64998
 def size(
     probs:torch.Tensor, # (B,K,H,W)
 )->torch.Tensor: # (B,K,1)
     "Soft number of pixels."
     return widen(probs).sum((-2, -1))[..., None]
 
-def _positions(probs):
-    "Means of each class over columns and rows: the weights of x (B,K,W) and of y (B,K,H), which sum to 1 (to 0 where there is no mass)."
+def _marginals(probs):
+    "Weights of x (B,K,W) and of y (B,K,H), each with sum 1; 0 for an empty map."
     mass = widen(probs)
-    V = size(mass)
-    return [mass.sum(axis)/V.clamp(min=torch.finfo(V.dtype).tiny**.5) for axis in (-2, -1)]
+    return [mass.sum(axis)/size(mass).clamp(min=1e-6) for axis in (-2, -1)]
+
+def _mean(w, x): return (w*x).sum(-1, keepdim=True)
 
 def centroid(
     probs:torch.Tensor, # (B,K,H,W)
 )->torch.Tensor: # (B,K,2): x, y in pixels from 0
     "Centre of mass; (0,0) for an empty map, so mask absent classes out."
-    return torch.stack([(w*torch.arange(w.shape[-1]).to(w)).sum(-1) for w in _positions(probs)], -1)
+    return torch.cat([_mean(w, torch.arange(w.shape[-1]).to(w)) for w in _marginals(probs)], -1)
 
 def spread(
     probs:torch.Tensor, # (B,K,H,W)
-    eps:float=1e-6, # variance in pixels² that is added, so that the root of 0 has a gradient
+    eps:float=1e-6, # pixels², added to the variance: the root of 0 has no gradient
 )->torch.Tensor: # (B,K,2): along x, y in pixels
     "Standard deviation of the mass along each axis."
-    out = []
-    for w in _positions(probs):
-        x = torch.arange(w.shape[-1]).to(w)
-        c = (w*x).sum(-1, keepdim=True)
-        out.append((w*(x - c)**2).sum(-1))
-    return (torch.stack(out, -1) + eps).sqrt()
+    axes = [(w, torch.arange(w.shape[-1]).to(w)) for w in _marginals(probs)]
+    return (torch.cat([_mean(w, (x - _mean(w, x))**2) for w, x in axes], -1) + eps).sqrt()
 
 def length(
     probs:torch.Tensor, # (B,K,H,W)
 )->torch.Tensor: # (B,K,1)
-    "Squared differences of 8-neighbours: for a hard mask the number of neighbour pairs that its outline cuts."
+    "Squared differences over pairs of 8-neighbours; pairs across the image's edge do not count."
     s = widen(probs)
     pairs = ((s[..., 1:], s[..., :-1]), (s[..., 1:, :], s[..., :-1, :]), (s[..., 1:, 1:], s[..., :-1, :-1]), (s[..., 1:, :-1], s[..., :-1, 1:]))
     return sum((p - q).square().sum((-2, -1)) for p, q in pairs)[..., None]
@@ -105,112 +104,193 @@ def length(
 def ratio(
     probs:torch.Tensor, # (B,K,H,W)
 )->torch.Tensor: # (B,K,1)
-    "Share of each class in the mass of all."
+    "Share of each class in the mass of all classes."
     V = size(probs)
-    return V/V.sum(1, keepdim=True).clamp(min=torch.finfo(V.dtype).tiny)
+    return V/V.sum(1, keepdim=True).clamp(min=1e-6)
 
 STATISTICS = dict(size=(size, lambda H, W: [H*W]), centroid=(centroid, lambda H, W: [W, H]), spread=(spread, lambda H, W: [W, H]),
-                  length=(length, lambda H, W: [math.sqrt(H*W)]), ratio=(ratio, lambda H, W: [1]))
+                  length=(length, lambda H, W: [math.sqrt(H*W)]), ratio=(ratio, lambda H, W: [1])) # function, what a fraction is divided by
 
-# %% ../../nbs/52_losses.constraints.ipynb #c7a08194
+# %% ../../nbs/52_losses.constraints.ipynb #fda541a0
 def check_probs(
     probs:torch.Tensor, # (B,K,H,W) in [0,1]
 ):
-    "A ValueError where `probs` are no probability maps. NaN passes, so that a GradScaler can skip the step."
-    if probs.ndim != 4 or not probs.is_floating_point(): raise ValueError(f'probs: expected (B,K,H,W) float, got {tuple(probs.shape)} {probs.dtype}')
+    "A ValueError where `probs` are no probability maps. NaN passes: it is the business of the GradScaler."
+    check_maps(probs, 'probs')
     odd = probs[(probs < -1e-3) | (probs > 1 + 1e-3)]
     if odd.numel(): raise ValueError(f'probs: got {odd[0].item():.4g} ({odd.numel()} values outside [0,1]); expected probabilities, such as logits.softmax(1)')
 
+def _side(name, value, K, none):
+    "A bound as K numbers."
+    values = [value]*K if value is None or isinstance(value, Real) else list(value)
+    if len(values) != K: raise ValueError(f'{name}={value!r}: expected a number, or {K} of them, one a class')
+    return [none if v is None else float(v) for v in values]
+
 def make_bounds(
-    lower, upper, # numbers; None for no bound
-    like:torch.Tensor, # (B,K,m), what is bounded
+    v:torch.Tensor, # (B,K,m), what is bounded
+    lower=None, upper=None, # a number for all, or one a class; None: no bound
+    bounds=None, # (B,K,m,2), in the place of both; -inf and inf: no bound
 )->torch.Tensor: # (B,K,m,2)
-    "The same lower and upper bound for everything; no bound is -inf or inf."
-    ends = like.new_tensor([-math.inf if lower is None else lower, math.inf if upper is None else upper])
-    return ends.expand(*like.shape, 2)
+    "Bounds of every image and class, or a ValueError."
+    if bounds is None:
+        if lower is None and upper is None: raise ValueError('bounds: expected (B,K,m,2), since neither lower nor upper is given')
+        ends = _side('lower', lower, v.shape[1], -math.inf), _side('upper', upper, v.shape[1], math.inf)
+        bounds = v.new_tensor(ends).T[None, :, None].expand(*v.shape, 2)
+    if not isinstance(bounds, torch.Tensor) or bounds.shape != (*v.shape, 2): raise ValueError(f'bounds: expected a tensor of shape {(*v.shape, 2)} as (B,K,m,2), got {describe(bounds)}')
+    a, b = (bounds := bounds.to(v)).unbind(-1)
+    bad = (~((a <= b) & (a < math.inf) & (b > -math.inf))).nonzero()
+    if len(bad): i = tuple(bad[0].tolist()); raise ValueError(f'bounds: got lower {a[i].item():g} and upper {b[i].item():g} at {i} of (B,K,m); expected lower <= upper')
+    return bounds
 
-def check_bounds(
-    bounds:torch.Tensor, # should be (B,K,m,2)
-    shape, # (B,K,m)
-):
-    "A ValueError where `bounds` are none for a statistic of that shape."
-    if bounds.shape != (*shape, 2): raise ValueError(f'bounds: expected shape {(*shape, 2)} as (B,K,m,2), got {tuple(bounds.shape)}')
-    bad = (~(bounds[..., 0] <= bounds[..., 1])).nonzero()
-    if len(bad): i = tuple(bad[0].tolist()); raise ValueError(f'bounds: lower {bounds[i][0].item():g} is not at most upper {bounds[i][1].item():g} at {i}')
-
-# %% ../../nbs/52_losses.constraints.ipynb #179b4d4a
+# %% ../../nbs/52_losses.constraints.ipynb #04f1f6a2
 class Constraint(nn.Module):
     "Bounds on a statistic of probability maps, as a loss."
     def __init__(self,
         statistic='size', # a name in `STATISTICS`, or a function (B,K,H,W) → (B,K,m)
-        lower=None, upper=None, # numbers for every class and image, where the call gives no bounds; None: no bound
+        lower=None, upper=None, # a number for all or one a class, where the call gives no bounds; None: no bound
         penalty:str='quadratic', # 'quadratic' or 'barrier'
-        units:str='pixels', # 'pixels' (counts, positions), or 'fraction' of the image
-        norm:str='area', # divide by 'area' H·W, its square 'area2', or 'none'
-        reduction:str='mean', # over images and classes: 'mean', 'sum', 'batch' (sum of classes, mean of images), 'none' (B,K)
-        t0:float=1., mu:float=1.01, t_max:float=10., # of `barrier_t`
+        units:str='pixels', # of statistic and bounds: 'pixels', or 'fraction' of the image
+        norm:str='none', # divide by 'area' H·W, by its square 'area2', or by nothing: 'none'
+        reduction:str='mean', # over images and classes that count: 'mean', 'sum', 'batch' (sum over classes, mean over images), 'none' (B,K)
+        t0:float=1., mu:float=1.01, t_max:float=10., # of the barrier, see `barrier_t`
     ):
         super().__init__()
-        for name, value, known in (('penalty', penalty, ('quadratic', 'barrier')), ('units', units, ('pixels', 'fraction')),
-                                   ('norm', norm, ('none', 'area', 'area2')), ('reduction', reduction, ('mean', 'sum', 'batch', 'none'))):
-            if value not in known: raise ValueError(f'{name}={value!r}: expected one of {", ".join(known)}')
+        choices = dict(penalty=('quadratic', 'barrier'), units=('pixels', 'fraction'), norm=('none', 'area', 'area2'), reduction=('mean', 'sum', 'batch', 'none'))
+        for name, value in dict(penalty=penalty, units=units, norm=norm, reduction=reduction).items():
+            if value not in choices[name]: raise ValueError(f'{name}={value!r}: expected one of {", ".join(choices[name])}')
             setattr(self, name, value)
         if not callable(statistic) and statistic not in STATISTICS: raise ValueError(f'statistic={statistic!r}: {did_you_mean(statistic, STATISTICS)}')
-        if callable(statistic) and units != 'pixels': raise ValueError("units='fraction': a function gives its own units; expected 'pixels'")
-        if lower is not None and upper is not None and not lower <= upper: raise ValueError(f'lower={lower}, upper={upper}: expected lower <= upper')
+        if callable(statistic) and units == 'fraction': raise ValueError("units='fraction': a function has its own units; expected 'pixels'")
+        if units == 'fraction' and norm != 'none': raise ValueError(f"norm={norm!r} with units='fraction': a fraction is divided by the image already; expected 'none'")
+        if isinstance(lower, Real) and isinstance(upper, Real) and not lower <= upper: raise ValueError(f'lower={lower}, upper={upper}: expected lower <= upper')
         self.statistic, self.lower, self.upper, self.schedule = statistic, lower, upper, dict(t0=t0, mu=mu, t_max=t_max)
         self.step(0)
 
-    def step(self, epoch):
-        "Set `t` as the schedule says for an epoch."
+    def step(self,
+        epoch, # 0 for the first
+    ):
+        "Set the barrier's `t` as its schedule says."
         self.t = barrier_t(epoch, **self.schedule)
 
-    def measure(self, probs):
-        "The statistic in `units`, (B,K,m)."
-        if callable(self.statistic): return self.statistic(probs)
-        function, scale = STATISTICS[self.statistic]
-        v = function(probs)
-        return v/v.new_tensor(scale(*probs.shape[-2:])) if self.units == 'fraction' else v
-
-    def forward(self,
-        probs, # (B,K,H,W) in [0,1]
-        bounds=None, # (B,K,m,2) in `units`; None: the numbers of the constraint
-        presence=None, # (B,K) bool, which entries count; None: all
-    ):
-        check_probs(probs)
-        with torch.autocast(probs.device.type, enabled=False):
-            v = self.measure(probs)
-            bounds = make_bounds(self.lower, self.upper, v) if bounds is None else bounds.to(v)
-            check_bounds(bounds, v.shape)
-            bounded = bounds.isfinite()
-            f = torch.stack([bounds[..., 0] - v, v - bounds[..., 1]], -1) # b,k,m,2
-            f = torch.where(bounded, f, -1.)
-            loss = quadratic_penalty(f) if self.penalty == 'quadratic' else log_barrier(f, self.t)
-            loss = torch.where(bounded, loss, 0.).sum((-2, -1))/self._area(probs) # b,k
-            return self._reduce(loss, presence)
-
-    def _area(self, probs): return (probs.shape[-2]*probs.shape[-1])**dict(none=0, area=1, area2=2)[self.norm]
-
-    def _reduce(self, loss, presence):
-        "Reduce (B,K) over the entries that count."
-        if presence is None: presence = torch.ones_like(loss, dtype=torch.bool)
-        if presence.dtype != torch.bool or presence.shape != loss.shape: raise ValueError(f'presence: expected {tuple(loss.shape)} bool, got {tuple(presence.shape)} {presence.dtype}')
-        loss = torch.where(presence, loss, 0.)
-        if self.reduction == 'none': return loss
-        return loss.sum()/dict(mean=presence.sum().clamp(min=1), sum=1, batch=len(loss))[self.reduction]
-
     def extra_repr(self):
-        return f'{self.statistic}, lower={self.lower}, upper={self.upper}, {self.penalty}, units={self.units}, norm={self.norm}, reduction={self.reduction}' + (f', t={self.t:g}' if self.penalty == 'barrier' else '')
+        name = getattr(self.statistic, '__name__', self.statistic)
+        return f'{name}, lower={self.lower}, upper={self.upper}, {self.penalty}, units={self.units}, norm={self.norm}, reduction={self.reduction}' + (f', t={self.t:g}' if self.penalty == 'barrier' else '')
 
-# %% ../../nbs/52_losses.constraints.ipynb #a10cc392
+# %% ../../nbs/52_losses.constraints.ipynb #c1c3e5bc
+@patch
+def measure(self:Constraint,
+    probs, # (B,K,H,W)
+)->torch.Tensor: # (B,K,m)
+    "The statistic, in the constraint's units."
+    if callable(self.statistic): return self.statistic(probs)
+    statistic, scale = STATISTICS[self.statistic]
+    v = statistic(probs)
+    return v/v.new_tensor(scale(*probs.shape[-2:])) if self.units == 'fraction' else v
+
+@patch
+def forward(self:Constraint,
+    probs, # (B,K,H,W) in [0,1]
+    bounds=None, # (B,K,m,2) in the constraint's units; None: its lower and upper
+    presence=None, # (B,K) bool, which count; None: all
+)->torch.Tensor: # scalar, or (B,K) without reduction
+    "The loss; 0 with a zero gradient where nothing counts."
+    check_probs(probs)
+    with torch.autocast(probs.device.type, enabled=False):
+        v = self.measure(probs) # b,k,m
+        bounds = make_bounds(v, self.lower, self.upper, bounds)
+        bounded = bounds.isfinite()
+        f = torch.where(bounded, torch.stack([bounds[..., 0] - v, v - bounds[..., 1]], -1), -1.) # b,k,m,2
+        loss = quadratic_penalty(f) if self.penalty == 'quadratic' else log_barrier(f, self.t)
+        H, W = probs.shape[-2:]
+        loss = torch.where(bounded, loss, 0.).sum((-2, -1))/(H*W)**dict(none=0, area=1, area2=2)[self.norm] # b,k
+        counts = bounded.any(-1).any(-1)
+        if presence is not None:
+            if not isinstance(presence, torch.Tensor) or presence.dtype != torch.bool or presence.shape != counts.shape: raise ValueError(f'presence: expected a {tuple(counts.shape)} bool tensor, got {describe(presence)}')
+            counts = counts & presence
+        loss = torch.where(counts, loss, 0.)
+        return loss if self.reduction == 'none' else loss.sum()/dict(mean=counts.sum().clamp(min=1), sum=1, batch=len(loss))[self.reduction]
+
+# %% ../../nbs/52_losses.constraints.ipynb #e25b63db
 class SizePenalty(Constraint):
     "Quadratic penalty on sizes (Kervadec et al., MedIA 2019)."
-    def __init__(self, lower=None, upper=None, **kw): super().__init__('size', lower, upper, 'quadratic', **kw)
+    def __init__(self,
+        lower=None, upper=None, # pixels; a number for all or one a class
+        norm:str='area', # as for `Constraint`
+        **kw, # the rest of `Constraint`
+    ): super().__init__('size', lower, upper, 'quadratic', norm=norm, **kw)
 
 class SizeBarrier(Constraint):
     "Extended log-barrier on sizes (Kervadec et al. 2019)."
-    def __init__(self, lower=None, upper=None, **kw): super().__init__('size', lower, upper, 'barrier', **kw)
+    def __init__(self,
+        lower=None, upper=None, # pixels; a number for all or one a class
+        norm:str='area', # as for `Constraint`
+        **kw, # the rest of `Constraint`
+    ): super().__init__('size', lower, upper, 'barrier', norm=norm, **kw)
 
 class AbsoluteSizeBarrier(Constraint):
-    "The absolute size constraint of F-CAM: both regions want to be large, the mean over images and regions of ψ_t(-size)."
-    def __init__(self, t0=1., mu=1.01, t_max=10.): super().__init__('size', 0, None, 'barrier', norm='none', t0=t0, mu=mu, t_max=t_max)
+    "F-CAM's size term: no region of (B,2,H,W) maps vanishes, the mean over images and regions of ψ_t(-size) in pixels."
+    def __init__(self,
+        t0:float=1., mu:float=1.01, t_max:float=10., # see `barrier_t`
+    ): super().__init__('size', 0, None, 'barrier', t0=t0, mu=mu, t_max=t_max)
+
+# %% ../../nbs/52_losses.constraints.ipynb #20021c17
+class Proposal(NamedTuple):
+    "The nearest map within size bounds, and how it was found."
+    q:torch.Tensor # (B,K,H,W), sums to 1 over K
+    lower:torch.Tensor # (B,K) multipliers of the lower bounds
+    upper:torch.Tensor # (B,K) multipliers of the upper bounds
+    gap:torch.Tensor # (B,) what is left of the optimality conditions, pixels; above `tol` where the steps ran out
+    steps:int # that were taken
+
+def _feasible(bounds, N):
+    "A ValueError for the first image in which no map keeps all bounds."
+    a, b = bounds.unbind(-1)
+    a, b = a.clamp(min=0), b.clamp(max=N)
+    bad = ((a.sum(1) > N) | (b.sum(1) < N) | (a > b).any(1)).nonzero()
+    if len(bad): i = bad[0].item(); raise ValueError(f'bounds: no map of {N} pixels keeps {a[i].tolist()} to {b[i].tolist()} (image {i})')
+
+@torch.no_grad()
+def dual_ascent(
+    probs:torch.Tensor, # (B,K,H,W), softmax: sums to 1 over K
+    lower=None, upper=None, # pixels; a number for all or one a class
+    bounds=None, # (B,K,1,2) pixels, in the place of both
+    steps:int=500, # at most
+    tol:float=.5, # pixels
+)->Proposal:
+    "Projected dual ascent on the multipliers of size bounds."
+    check_probs(probs)
+    if ((probs.sum(1) - 1).abs() > 1e-2).any(): raise ValueError('probs: expected sums of 1 over the classes, such as logits.softmax(1)')
+    s = widen(probs)
+    bounds = make_bounds(size(s), lower, upper, bounds)[:, :, 0] # b,k,2
+    _feasible(bounds, s[0, 0].numel())
+    bounded, sign = bounds.isfinite(), bounds.new_tensor([1, -1])
+    log_s, beta = s.clamp(min=torch.finfo(s.dtype).tiny).log(), torch.zeros_like(bounds) # b,k,2: multipliers of lower, upper
+    for step in range(steps + 1):
+        q = (log_s + (sign*beta).sum(-1)[..., None, None]).softmax(1)
+        f = torch.where(bounded, sign*(bounds - size(q)), 0.) # b,k,2, each is ≤ 0 where its bound is kept
+        gap = torch.maximum(f, beta*f.abs()).amax((1, 2))
+        left = gap > tol # an image that is done stays as it is, whatever its batch still needs
+        if step == steps or not left.any(): break
+        rate = 1/(4*(q*(1 - q)).sum((-2, -1)).clamp(min=1e-6))
+        beta = torch.where(left[:, None, None], (beta + (rate[..., None]*f).clamp(-1, 1)).clamp(min=0), beta)
+    return Proposal(q, beta[..., 0], beta[..., 1], gap, step)
+
+# %% ../../nbs/52_losses.constraints.ipynb #c0ddc174
+class SizeLagrangian(nn.Module):
+    "Cross-entropy against the nearest map within the size bounds (Pathak et al., ICCV 2015), from logits."
+    def __init__(self,
+        lower=None, upper=None, # pixels; a number for all or one a class
+        hard:bool=False, # train on the proposal's argmax, as published, not on the proposal
+        steps:int=500, tol:float=.5, # of `dual_ascent`
+    ):
+        super().__init__()
+        self.lower, self.upper, self.hard, self.steps, self.tol = lower, upper, hard, steps, tol
+
+    def forward(self,
+        logits, # (B,K,H,W)
+        bounds=None, # (B,K,1,2) pixels; None: lower and upper
+    ):
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = widen(logits)
+            q = dual_ascent(logits.detach().softmax(1), self.lower, self.upper, bounds, self.steps, self.tol).q
+            return F.cross_entropy(logits, q.argmax(1) if self.hard else q)
