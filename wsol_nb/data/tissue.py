@@ -81,7 +81,7 @@ def develop(
     "The colours that white light has after the stained tissue: Beer-Lambert's law."
     return (255*np.exp(-(np.asarray(conc) @ stains))).astype(np.float32)
 
-# %% ../../nbs/04_data.tissue.ipynb #2ef5c4ff
+# %% ../../nbs/04_data.tissue.ipynb #90149923
 _UNIT, _FINE = 100, 2 # canvas value of concentration 1; canvas pixels per image pixel
 
 def _turned(x, y, turn):
@@ -95,14 +95,14 @@ def _ovals(xy, rx, ry, turn=0., n=12):
     rx, ry, turn = (np.broadcast_to(np.asarray(v, float), len(xy))[:, None] for v in (rx, ry, turn))
     return np.asarray(xy)[:, None] + _turned(rx*np.cos(t), ry*np.sin(t), turn)
 
-def _fixed(poly, fine=_FINE):
-    "A polygon in OpenCV's fixed-point pixels (4 bits); pixel centres are at .5 here, at 0 there."
-    return np.round(16*(fine*np.asarray(poly) - .5)).astype(np.int32)
+def _fixed(polys, fine=_FINE):
+    "Polygons (...,n,2) in OpenCV's fixed-point pixels (4 bits); pixel centres are at .5 here, at 0 there."
+    return np.rint(16*(fine*np.asarray(polys) - .5)).astype(np.int32)
 
 def _dye(canvas, polys, haem, eosin):
-    "Fill polygons in order; a concentration may be one for all or one for each."
+    "Fill polygons (m,n,2) in order; a concentration may be one for all or one for each."
     each = (np.broadcast_to(_UNIT*np.asarray(v, float), len(polys)).clip(0, 255).tolist() for v in (haem, eosin))
-    for poly, *tone in zip(polys, *each): cv2.fillPoly(canvas, [_fixed(poly)], tone, shift=4)
+    for poly, *tone in zip(_fixed(polys), *each): cv2.fillPoly(canvas, [poly], tone, shift=4)
 
 def _scatter(rng, density, n):
     "n points (n,2), as likely as `density` (h,w) says."
@@ -257,7 +257,7 @@ def _develop_with(rng, strength, canvas, h, w):
     img = cv2.GaussianBlur(img, (5, 5), rng.uniform(.35, .65)) + 2.5*rng.standard_normal((h, w, 3), dtype=np.float32)
     return img.clip(0, 255).round().astype(np.uint8)
 
-# %% ../../nbs/04_data.tissue.ipynb #07bcbe67
+# %% ../../nbs/04_data.tissue.ipynb #de0e16d7
 class Tissue(NamedTuple):
     "A field of tissue and all the truth about it."
     image:np.ndarray # (H,W,3) uint8 RGB
@@ -280,5 +280,5 @@ def draw_tissue(
     kind = MORPHOLOGY.get(world.class_names[label])
     glands = _layout(world, kind, lay, h, w) if kind else []
     for g in glands: _paint_gland(canvas, g, kind, cells)
-    mask = (_cover(glands, h, w) >= .5).astype(np.uint8)
+    mask = (_cover(glands, h, w) >= .6).astype(np.uint8) # half and a little: OpenCV fills what a border touches, too
     return Tissue(_develop_with(stain, world.stain, canvas, h, w), mask, label, glands)
