@@ -91,7 +91,7 @@ def jitter_colours(
     turn = round(256*hue*rng.uniform(-1, 1))
     return Image.merge('HSV', (h.point([(i + turn) % 256 for i in range(256)]), s, v)).convert('RGB')
 
-# %% ../../nbs/03_data.loaders.ipynb #8c1be54e
+# %% ../../nbs/03_data.loaders.ipynb #d1eb522c
 @dataclass
 class DataInfo:
     "What all loaders of a dataset share."
@@ -135,10 +135,14 @@ class DataInfo:
         for i, ls in enumerate(several): hot[i, np.searchsorted(self.class_ids, ls)] = 1
         return hot
 
-    def is_negative(self, y):
-        "Which images (B,) of a batch are known to have no foreground, by their labels `y` alone: positions (B,) or multi-hot (B,C)."
-        positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
-        return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
+# %% ../../nbs/03_data.loaders.ipynb #29271fed
+@patch
+def is_negative(self:DataInfo,
+    y:torch.Tensor, # labels of a batch: positions (B,) or multi-hot (B,C)
+)->torch.Tensor: # (B,) bool
+    "Which images are known to have no foreground, by their labels alone."
+    positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
+    return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
 
 # %% ../../nbs/03_data.loaders.ipynb #8bba24b4
 class WSOLDataset:
