@@ -1,7 +1,7 @@
-"""All pooling heads trained and scored in one table: python tools/pooling_table.py {synth,parts,cub,glas} [--seeds 0 1 2] [--methods GAP LSE]
+"""All pooling heads trained and scored in one table: python tools/pooling_table.py {synth,parts,tissue,cub,glas} [--seeds 0 1 2] [--methods GAP LSE]
 
-synth is the default objects world, parts that world with parts of four sizes, both written here and learnt from scratch; cub and
-glas need WSOL_DATA and WSOL_WEIGHTS (mobilenetv2_100).
+synth is the default objects world, parts that world with parts of four sizes, tissue the tissue world with and without normal
+images and with 320 images to train on, all written here and learnt from scratch; cub and glas need WSOL_DATA and WSOL_WEIGHTS (mobilenetv2_100).
 Runs are saved below --runs and rows appended to nbs/pooling_<data>.csv, so an interrupted table goes on where it stopped.
 `--again` scores saved runs anew, e.g. when reports have gained columns. Hyper-parameters are each method's defaults; the last
 epoch is scored; nothing is chosen on the test split.
@@ -18,6 +18,7 @@ import pandas as pd
 from wsol_nb.bottomup import BOTTOM_UP
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.synth import ObjectsWorld
+from wsol_nb.data.tissue import TissueWorld
 from wsol_nb.learner import Checkpoint, adamw, hardware, load_run, resume, save_run, sgd, wsol_learner
 from wsol_nb.localize import evaluate
 
@@ -25,6 +26,7 @@ root = Path(__file__).resolve().parent.parent
 SYNTH = dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32))
 RECIPES = dict(
     synth=SYNTH, parts=SYNTH | dict(worlds=[dict(part_ratio=p) for p in (.3, .4, .5, .6)]),
+    tissue=SYNTH | dict(kind=TissueWorld, worlds=[dict(normal=n) for n in (True, False)], counts=dict(n_train=320)),
     cub=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=8, lr=(.005, .05), pretrained=True, data=dict(dataset='CUB', size=224, bs=25)),
     glas=dict(arch='mobilenetv2_100', stride=16, opt='sgd', wd=1e-4, epochs=40, lr=(.005, .05), pretrained=True,
               data=dict(dataset='GLAS/fold-0', size=224, bs=16, valid='valcl', recipe='histology')))
@@ -32,8 +34,8 @@ RECIPES = dict(
 
 def loaders(recipe, world, runs, seed):
     if 'dataset' in recipe['data']: return WSOLDataLoaders.from_metadata(seed=seed, **recipe['data'])
-    folder = '-'.join(['world', *(f'{k}={v}' for k, v in world.items())])
-    return WSOLDataLoaders.from_synth(runs/folder, ObjectsWorld(**world), seed=seed, world_kw=dict(progress=False), **recipe['data'])
+    folder, kind = '-'.join(['world', *(f'{k}={v}' for k, v in world.items())]), recipe.get('kind', ObjectsWorld)
+    return WSOLDataLoaders.from_synth(runs/folder, kind(**world), seed=seed, world_kw=recipe.get('counts', {}) | dict(progress=False), **recipe['data'])
 
 
 def train(method, recipe, dls, path):
@@ -46,15 +48,16 @@ def train(method, recipe, dls, path):
         if done < recipe['epochs']: learn.fit_one_cycle(recipe['epochs'], slice(*recipe['lr']))
     left = recipe['epochs'] - done
     seconds = round((time.process_time() - start)*recipe['epochs']/left, 1) if left else None # of all epochs, by those of this process
-    save_run(learn, path, train={k: v for k, v in recipe.items() if k != 'data'} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
+    save_run(learn, path, train={k: v for k, v in recipe.items() if k not in ('data', 'kind', 'counts')} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
 
 
 def row_of(report):
-    "Every figure of a report by its name there, with its τ and the centre baseline's."
+    "Every figure of a report by its name there, with its τ and the centre baseline's; on masks also that of a map of ones."
     row = {}
     for r in report.rows():
         name = re.sub(r' \(mean of \d+ images\)', '', r.name) # the same on every split
         row |= {name: r.value, f'τ of {name}': r.tau, f'centre: {name}': r.centre}
+    if report.pixels: row |= {f'all ones: {k}': report.pixels['all_ones'][v] for k, v in (('PxAP', 'pxap'), ('F1+', 'f1_pos'), ('F1−', 'f1_neg'))}
     return {k: round(v, 3) for k, v in row.items() if v is not None}
 
 
@@ -76,7 +79,7 @@ def show(rows):
     df = pd.DataFrame(rows)
     df = df[df.split == 'test']
     named = [c for c in df.columns if f'centre: {c}' in df.columns]
-    keys = ['method', *(c for c in ('part_ratio',) if c in df)]
+    keys = ['method', *(c for c in ('part_ratio', 'normal') if c in df)]
     table = df.groupby(keys, sort=False)[[c for c in ('accuracy', *named) if c in df]].mean()
     if named and len(keys) == 1: table.loc['centre'] = df[[f'centre: {c}' for c in named]].mean().set_axis(named)
     print(table.round(1).to_string())

@@ -91,7 +91,7 @@ def jitter_colours(
     turn = round(256*hue*rng.uniform(-1, 1))
     return Image.merge('HSV', (h.point([(i + turn) % 256 for i in range(256)]), s, v)).convert('RGB')
 
-# %% ../../nbs/03_data.loaders.ipynb #9e1a1c3b
+# %% ../../nbs/03_data.loaders.ipynb #d1eb522c
 @dataclass
 class DataInfo:
     "What all loaders of a dataset share."
@@ -106,6 +106,7 @@ class DataInfo:
     class_ids: np.ndarray = None # (C,) the dataset's own ids, sorted
     class_names: list = None     # (C,)
     recipe: str = 'photo'     # of `RECIPES`
+    negative: list = ()       # class ids whose images have no foreground by definition
 
     def __post_init__(self):
         df = self.manifest
@@ -116,7 +117,10 @@ class DataInfo:
         if self.class_ids is None: self.class_ids = np.array(sorted({l for ls in train for l in ls}))
         if self.class_names is None: self.class_names = [str(names.get(i, i)) for i in self.class_ids]
         self.multi_label = bool(labels.map(len).max() > 1)
-        if self.recipe != 'photo': self.source = self.source | {'recipe': self.recipe} # a run's config must say it
+        self.negative = sorted(map(int, np.atleast_1d(self.negative)))
+        if strange := sorted(set(self.negative) - set(self.class_ids.tolist())): raise ValueError(f'negative: classes {strange[:5]} are none of the {len(self.class_ids)} training classes')
+        said = dict(recipe=self.recipe if self.recipe != 'photo' else None, negative=self.negative)
+        self.source = self.source | {k: v for k, v in said.items() if v} # a run's config must say it
         for s, part in labels.groupby(df.split, sort=False):
             new = sorted({l for ls in part for l in ls} - set(self.class_ids.tolist()))
             if new: raise ValueError(f'split {s!r} has classes {new[:5]} that are not in {self.roles.get("train", "train")!r} ({", ".join(map(str, names.reindex(new[:5])))})')
@@ -130,6 +134,15 @@ class DataInfo:
         hot = np.zeros((len(df), len(self.class_ids)), np.float32)
         for i, ls in enumerate(several): hot[i, np.searchsorted(self.class_ids, ls)] = 1
         return hot
+
+# %% ../../nbs/03_data.loaders.ipynb #29271fed
+@patch
+def is_negative(self:DataInfo,
+    y:torch.Tensor, # labels of a batch: positions (B,) or multi-hot (B,C)
+)->torch.Tensor: # (B,) bool
+    "Which images are known to have no foreground, by their labels alone."
+    positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
+    return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
 
 # %% ../../nbs/03_data.loaders.ipynb #8bba24b4
 class WSOLDataset:
@@ -279,7 +292,7 @@ def _roles(df, train, valid, tune, test):
         if name not in have and role != 'test': raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
     return {role: name if name in have else None for role, name in roles.items()}
 
-# %% ../../nbs/03_data.loaders.ipynb #45e2ea92
+# %% ../../nbs/03_data.loaders.ipynb #7c9713c7
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -309,12 +322,13 @@ class WSOLDataLoaders(DataLoaders):
         maps:MapStore=None, # stored maps that training items carry
         source:dict=None, # how these loaders were made, for the run's config
         recipe:str='photo', # photo or histology, see `RECIPES`
+        negative=None, # class id or ids whose images have no foreground by definition; None: those in `df.attrs`
     ):
         "Loaders of a manifest table."
-        resize = _resize(resize, size, df, recipe)
+        resize, negative = _resize(resize, size, df, recipe), df.attrs.get('negative', ()) if negative is None else negative
         if not isinstance(bs, int) or bs < 1: raise ValueError(f'bs={bs!r}: expected a whole number of at least 1')
         df, skipped = _sound(df, check, skip_bad, train, test)
-        info = DataInfo(df, size, resize, seed, exif, _roles(df, train, valid, tune, test), source or {}, skipped, recipe=recipe)
+        info = DataInfo(df, size, resize, seed, exif, _roles(df, train, valid, tune, test), source or {}, skipped, recipe=recipe, negative=negative)
         device = device or default_device()
         if num_workers is None: num_workers = 0 if torch.device(device).type == 'cpu' else min(8, os.cpu_count() or 1)
         ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == info.roles['valid']], info)
@@ -358,14 +372,14 @@ def new(self:WSOLDataLoaders, *args, loaders=None, **kwargs):
     loaders = loaders or [dl.new(*args, **kwargs) for dl in self.loaders]
     return type(self)(*loaders, path=self.path, device=self.device, info=self.info)
 
-# %% ../../nbs/03_data.loaders.ipynb #7536671f
+# %% ../../nbs/03_data.loaders.ipynb #43b72ed5
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source'])
 def from_metadata(cls:WSOLDataLoaders,
     root=None, # folder with `metadata/<dataset>`; None: WSOL_DATA
     dataset:str='CUB', # e.g. 'CUB', 'GLAS/fold-0'
     images=None, # the images' folder; None: `root/<first part of dataset>`
-    negative=None, # class id or ids whose images have no foreground by definition
+    negative=None, # class id or ids whose images have no foreground by definition; None: those that the dataset lists
     reach:float=None, # pixels by which a box may leave its image, to be cut at the border; None: the dataset's own
     **kwargs
 ):
@@ -373,13 +387,13 @@ def from_metadata(cls:WSOLDataLoaders,
     root = root or env_folder('WSOL_DATA')
     if root is None: raise ValueError('root: expected a folder with metadata/<dataset>, or WSOL_DATA set to one')
     root, skip = Path(root).resolve(), kwargs.get('skip_bad', False)
-    options = {k: v for k, v in dict(negative=negative, reach=reach).items() if v is not None}
-    df = read_metadata(root, dataset, images=images, strict=not skip, **options)
+    options = {} if reach is None else dict(reach=reach)
+    df = read_metadata(root, dataset, images=images, strict=not skip, negative=negative, **options)
     for note in df.attrs['notes']: print(f'{dataset} {note}')
     source = dict(kind='metadata', root=str(root), dataset=dataset, images=str(images) if images else None, **options)
     return cls.from_manifest(df, source=source, **kwargs)
 
-# %% ../../nbs/03_data.loaders.ipynb #def52c4e
+# %% ../../nbs/03_data.loaders.ipynb #12123fc3
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source', 'exif'])
 def from_folder(cls:WSOLDataLoaders,
@@ -399,11 +413,11 @@ def from_folder(cls:WSOLDataLoaders,
 @delegates(WSOLDataLoaders.from_manifest, but=['source'])
 def from_synth(cls:WSOLDataLoaders,
     root='data/synth', # where the world is written, once
-    world=None, # an `ObjectsWorld`; None: the default, versioned one
+    world=None, # a `World`, e.g. `TissueWorld()`; None: the default `ObjectsWorld()`
     world_kw:dict=None, # for `write_world`: n_train, n_val, n_test, seed, …
     size:int=112, # side of the model's input and of the evaluation grid
     **kwargs
 ):
-    "Loaders of a synthetic world with exact boxes and masks, written to disk on the first call."
-    write_world(world=world, root=root, **(world_kw or {}))
-    return cls.from_metadata(root, 'SYNTH', size=size, **kwargs)
+    "Loaders of a synthetic world with exact truth, written to disk on the first call."
+    images = write_world(world=world, root=root, **(world_kw or {}))
+    return cls.from_metadata(root, images.name, size=size, **kwargs)

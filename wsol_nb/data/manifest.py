@@ -186,7 +186,7 @@ def _class_names(rows, folders):
         if len({p for p, _ in pairs}) == len({l for _, l in pairs}) == len(pairs) > 1: return {i: str(i) for i in ids} | {l: PurePosixPath(p).name for p, l in pairs}
     return {i: str(i) for i in ids}
 
-# %% ../../nbs/02_data.manifest.ipynb #b1aa6eaa
+# %% ../../nbs/02_data.manifest.ipynb #65e954b7
 def _manifest(rows, names):
     "Rows of `_read_split` as a manifest."
     several = any(len(r['labels']) > 1 for r in rows)
@@ -197,17 +197,27 @@ def _manifest(rows, names):
     df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several + VIDEO*film)
     return df.astype({'label': 'int64', 'width': 'int64', 'height': 'int64'})
 
-def _without_foreground(rows, negative):
-    "Marks the images of the negative classes as annotated and empty; those that have a mask or boxes all the same."
+def _negatives(rows, negative, folders):
+    "The set of negative classes: the given ones, which must be there; or those of `negative_classes.txt`, as far as they are."
+    there = {l for r in rows for l in r['labels']}
+    if negative is None:
+        file = next((f for d in folders if (f := d/'negative_classes.txt').is_file()), None)
+        listed = _text(file).split() if file else []
+        if not all(l.isdecimal() for l in listed): raise ValueError(f'{file}: expected a class id per line, got {" ".join(listed)!r}')
+        return {int(l) for l in listed} & there
     classes = {negative} if isinstance(negative, (int, np.integer)) else set(negative)
-    unknown = classes - {l for r in rows for l in r['labels']}
-    if unknown: raise ValueError(f'negative: no image has class {", ".join(map(str, sorted(unknown, key=str)))}; there are {sorted({l for r in rows for l in r["labels"]})[:20]}')
+    unknown = classes - there
+    if unknown: raise ValueError(f'negative: no image has class {", ".join(map(str, sorted(unknown, key=str)))}; there are {sorted(there)[:20]}')
+    return classes
+
+def _without_foreground(rows, classes):
+    "Marks the images of the negative classes as annotated and empty; those that have a mask or boxes all the same."
     for r in rows:
         if not set(r['labels']) <= classes: continue
         r['mask'] = r['mask'] or ('',)
         if any(r['mask']) or len(r['boxes']): yield r['split'], r['image_id'], f'{r["split"]}/localization.txt', f'{r["image_id"]!r} is of a negative class, but has a {"mask" if any(r["mask"]) else "box"}'
 
-# %% ../../nbs/02_data.manifest.ipynb #92c1ba55
+# %% ../../nbs/02_data.manifest.ipynb #b06de3cb
 def datasets_in(
     root, # folder that holds `metadata/`
 )->dict: # {dataset: [splits]}, train first and test last
@@ -224,9 +234,9 @@ def read_metadata(
     splits=None, # the splits to read; None: all there are
     images=None, # the images' folder; None: `root/<first part of dataset>`
     strict:bool=True, # raise on the first look at a faulty file; False: collect the faults in `.attrs['problems']`
-    negative=None, # class id or ids whose images have no foreground by definition: without a mask they count as annotated and empty
+    negative=None, # class id or ids whose images have no foreground by definition: without a mask they count as annotated and empty; None: those that the dataset lists
     reach:float=None, # pixels by which a box may leave its image, to be cut at the border and noted; None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
-)->pd.DataFrame: # a manifest; `.attrs['notes']` says what was put right
+)->pd.DataFrame: # a manifest; `.attrs['notes']` says what was put right, `.attrs['negative']` which classes are negative
     "Read a dataset in the WSOL metadata layout. Raises ValueError with every fault of the files, by file and line."
     root = Path(root)
     known = datasets_in(root)
@@ -241,10 +251,12 @@ def read_metadata(
         more, faults, remarks = _read_split(meta/s, images, s, reach)
         if not more: faults.append((s, '', 'image_ids.txt', f'split {s!r} of {dataset} is empty'))
         rows, problems, notes = rows + more, problems + faults, notes + [f'{s}: {r}' for r in remarks]
-    if negative is not None: problems += _without_foreground(rows, negative)
+    folders = [meta, *meta.parents[:len(Path(dataset).parts) - 1]]
+    negative = _negatives(rows, negative, folders)
+    problems += _without_foreground(rows, negative)
     if strict and problems: raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
-    df = _manifest(rows, _class_names(rows, [meta, *meta.parents[:len(Path(dataset).parts) - 1]]))
-    df.attrs.update(problems=problems, notes=notes)
+    df = _manifest(rows, _class_names(rows, folders))
+    df.attrs.update(problems=problems, notes=notes, negative=sorted(negative))
     return df
 
 # %% ../../nbs/02_data.manifest.ipynb #a3851a5d
