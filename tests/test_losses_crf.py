@@ -71,7 +71,7 @@ def test_hand_cases():
     f = torch.tensor([[0, a, x], [0, 0, math.sqrt(b*b - x*x)]], dtype=torch.float64)[None]
     close(kernel_product(f, torch.eye(3, dtype=torch.float64)[None])[0], [[1, .5, .1], [.5, 1, .2], [.1, .2, 1]], tol=1e-12)
     S, one = torch.tensor([[[1., .6, 0], [0, .4, 1]]], dtype=torch.float64), torch.ones(1, 1, 3, dtype=torch.float64)
-    values = [_Energy.apply(S, f, one, form, 'none', None).item() for form in ('potts', 'assoc')]
+    values = [_Energy.apply(S, f, one, form, 'none', kernel_product).item() for form in ('potts', 'assoc')]
     close(values, [1.32, -3.28], tol=1e-12)
     close(values[0] - values[1], kernel_product(f, one).sum(), tol=1e-12) # 4.6 = 1ᵀW1
 
