@@ -1,0 +1,218 @@
+"The dense CRF loss: hand cases, gradients, invariances, memory, precision, bad input."
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wsol_nb.losses.crf import DenseCRFLoss, _Energy, crf_features, dense_crf_energy, kernel_product
+
+MODES = [(f, n) for f in ('assoc', 'potts') for n in ('none', 'pixels', 'kernel')]
+
+
+def close(a, b, tol): torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=0, atol=float(tol))
+
+
+def scene(B=2, K=3, size=(6, 7), dtype=torch.float64, at=None):
+    return torch.rand(B, 3, *size, dtype=dtype), torch.randn(B, K, *(at or size), dtype=dtype).softmax(1)
+
+
+def dense_kernel(images, sigma_rgb=15, sigma_xy=100):
+    "W (B,N,N) from the definition, pixel by pixel."
+    f = torch.stack([torch.tensor([[y/sigma_xy, x/sigma_xy, *(255*image[:, y, x]/sigma_rgb).tolist()] for y in range(image.shape[1]) for x in range(image.shape[2])], dtype=torch.float64) for image in images])
+    return (-(f[:, :, None] - f[:, None]).pow(2).sum(-1)/2).exp()
+
+
+def from_definition(images, probs, form, normalise, r=None, **sigmas):
+    W, S = dense_kernel(images, **sigmas), probs.flatten(2)
+    r = torch.ones_like(S[:, :1]) if r is None else r.flatten(1)[:, None]
+    S = S*r
+    WS = lambda V: torch.einsum('bpq,bkq->bkp', W, V)
+    E = (S*WS(r - S)).sum((1, 2)) if form == 'potts' else -(S*WS(S)).sum((1, 2))
+    return E/dict(none=1, pixels=r.sum((1, 2)), kernel=(r*WS(r)).sum((1, 2)))[normalise]
+
+
+@pytest.mark.parametrize('form, normalise', MODES)
+@pytest.mark.parametrize('chunk', (1, 4, 1000, None))
+def test_value_and_gradient_are_those_of_autograd(form, normalise, chunk):
+    images, probs = scene()
+    r = torch.rand(2, 6, 7, dtype=torch.float64)
+    for roi in (None, r):
+        kw = dict(sigma_rgb=60., sigma_xy=3., form=form, normalise=normalise)
+        ours, theirs = probs.clone().requires_grad_(), probs.clone().requires_grad_()
+        E, E2 = dense_crf_energy(images, ours, roi, chunk=chunk, **kw), from_definition(images, theirs, r=roi, **kw)
+        close(E, E2, tol=1e-12*E2.abs().max())
+        weight = torch.tensor([.3, 2.], dtype=torch.float64)
+        g, g2 = (torch.autograd.grad((weight*e).sum(), s)[0] for e, s in ((E, ours), (E2, theirs)))
+        close(g, g2, tol=1e-9*g2.abs().max() + 1e-12)
+
+
+@pytest.mark.parametrize('form, normalise', MODES)
+def test_gradcheck(form, normalise):
+    images, probs = scene(size=(4, 5), at=(8, 5)) # no simplex is needed: gradcheck moves each value alone
+    probs = .05 + .9*probs.requires_grad_().detach()
+    loss = DenseCRFLoss(sigma_rgb=60., sigma_xy=3., form=form, normalise=normalise, chunk=7)
+    roi = (torch.rand(2, 4, 5) > .3)
+    assert gradcheck(lambda s: loss(images, s), probs.requires_grad_())
+    assert gradcheck(lambda s: loss(images, s, roi), probs)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda z: loss(images, z.softmax(1)), logits)
+
+
+def test_hand_cases():
+    images, probs = torch.zeros(1, 3, 1, 2), torch.tensor([[.2, .4], [.8, .6]]).view(1, 2, 1, 2).requires_grad_()
+    images[0, 1, 0, 1] = 15/255
+    E = DenseCRFLoss()(images, probs)
+    close(E, -1.87928, tol=1e-5)
+    close(torch.autograd.grad(E, probs)[0][0, 1, 0], [-2.32780, -2.17040], tol=1e-5)
+    a, b, c = (math.sqrt(-2*math.log(w)) for w in (.5, .1, .2)) # three points in a plane, at the distances that make these weights
+    x = (a*a + b*b - c*c)/(2*a)
+    f = torch.tensor([[0, a, x], [0, 0, math.sqrt(b*b - x*x)]], dtype=torch.float64)[None]
+    close(kernel_product(f, torch.eye(3, dtype=torch.float64)[None])[0], [[1, .5, .1], [.5, 1, .2], [.1, .2, 1]], tol=1e-12)
+    S, one = torch.tensor([[[1., .6, 0], [0, .4, 1]]], dtype=torch.float64), torch.ones(1, 1, 3, dtype=torch.float64)
+    values = [_Energy.apply(S, f, one, form, 'none', kernel_product).item() for form in ('potts', 'assoc')]
+    close(values, [1.32, -3.28], tol=1e-12)
+    close(values[0] - values[1], kernel_product(f, one).sum(), tol=1e-12) # 4.6 = 1ᵀW1
+
+
+def test_invariances():
+    images, probs = scene()
+    W = dense_kernel(images)
+    f = crf_features(images)
+    ours = kernel_product(f, torch.eye(42, dtype=torch.float64).expand(2, -1, -1), chunk=5)
+    close(ours, W, tol=1e-12)
+    close(ours, ours.mT, tol=1e-15)
+    assert torch.linalg.eigvalsh(ours).min() > -1e-10
+    z, energy = torch.randn(2, 3, 6, 7, dtype=torch.float64), lambda z, **kw: dense_crf_energy(images, z.softmax(1), **kw)
+    for form, normalise in MODES:
+        E = energy(z, form=form, normalise=normalise)
+        close(energy(z + 5, form=form, normalise=normalise), E, tol=1e-12*E.abs().max()) # a constant added to all logits of all pixels,
+        close(energy(z + torch.randn(2, 1, 6, 7), form=form, normalise=normalise), E, tol=1e-12*E.abs().max()) # or a different one at each
+        assert (E <= 0).all() if form == 'assoc' else (E >= 0).all()
+        close(energy(z.flip(1), form=form, normalise=normalise), E, tol=1e-12*E.abs().max()) # classes have no order
+    one, half = torch.zeros_like(z), torch.zeros_like(z)
+    one[:, 0] = 50
+    assert (energy(one) < energy(z)).all() and (energy(one) < energy(half)).all()
+    close(energy(one, form='potts'), [0, 0], tol=1e-9) # a single class costs nothing
+
+
+def test_batch_independent_and_deterministic():
+    images, probs = scene(B=4, dtype=torch.float32, size=(16, 20))
+    E = dense_crf_energy(images, probs)
+    assert torch.equal(E, dense_crf_energy(images, probs))
+    close(torch.cat([dense_crf_energy(i[None], p[None]) for i, p in zip(images, probs)]), E, tol=1e-5*E.abs().max())
+    close(DenseCRFLoss()(images, probs), E.mean(), tol=1e-3)
+
+
+def test_scale_is_an_average_of_areas():
+    small, probs = scene(dtype=torch.float64)
+    big, wide = (t.repeat_interleave(2, -1).repeat_interleave(2, -2) for t in (small, probs))
+    E = dense_crf_energy(small, probs, sigma_xy=5.).mean()
+    wide.requires_grad_()
+    for maps in (wide, probs): close(DenseCRFLoss(sigma_xy=10., scale=.5)(big, maps), E, tol=1e-9) # σ_xy is in pixels of the large image
+    g, = torch.autograd.grad(DenseCRFLoss(scale=.5)(big, wide), wide)
+    assert (g != 0).all()
+    assert DenseCRFLoss(scale=.37)(torch.rand(2, 3, 31, 46), torch.rand(2, 2, 9, 50)/2).isfinite() # any pair of sizes
+
+
+def test_nothing_outside_the_roi_counts():
+    images, probs = scene(size=(8, 12))
+    roi = torch.zeros(2, 8, 12, dtype=torch.bool)
+    roi[:, :, :8] = True
+    other, maps = (torch.where(roi[:, None], a, b) for a, b in zip((images, probs), scene(size=(8, 12))))
+    for form, normalise in MODES:
+        for scale in (1, .5, .3):
+            loss = DenseCRFLoss(form=form, normalise=normalise, scale=scale)
+            close(loss(images, probs, roi), loss(other, maps, roi), tol=1e-9)
+        loss = DenseCRFLoss(form=form, normalise=normalise, sigma_xy=9.)
+        close(loss(images, probs, roi), loss(images[..., :8], probs[..., :8]), tol=1e-9) # as if it had been cut off
+        empty = probs.clone().requires_grad_()
+        E = loss(images, empty, torch.zeros(2, 8, 12))
+        assert E == 0 and torch.equal(torch.autograd.grad(E, empty)[0], torch.zeros_like(empty))
+
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_low_precision(dtype):
+    images, probs = scene(dtype=torch.float32, size=(48, 48))
+    images[0] = 1 # a flat image: the largest sums
+    want = [DenseCRFLoss(form=f, normalise=n)(images, probs.to(dtype).float()) for f, n in MODES]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for (form, normalise), E in zip(MODES, want):
+            maps = probs.to(dtype).requires_grad_()
+            L = DenseCRFLoss(form=form, normalise=normalise)(images, maps)
+            assert L.dtype == torch.float32 and torch.equal(L, E)
+            g, = torch.autograd.grad(L, maps)
+            assert g.dtype == dtype and g.isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    "The most elements that any operation returned."
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(o.numel() for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor))])
+        return out
+
+
+def test_memory_is_that_of_a_chunk():
+    images, probs = scene(B=1, K=2, dtype=torch.float32, size=(40, 40))
+    probs.requires_grad_()
+    for chunk in (3, 50):
+        with Largest() as seen: DenseCRFLoss(form='potts', normalise='kernel', chunk=chunk)(images, probs).backward()
+        assert chunk*1600 <= seen.numel < chunk*1600 + 7*1600 # of 1600² = 2 560 000
+    with Largest() as seen: DenseCRFLoss()(torch.rand(8, 3, 56, 56), torch.rand(8, 2, 56, 56)/2)
+    assert seen.numel <= 2**20 # of 78 million
+
+
+def test_matmul_precision_is_given_back():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        dense_crf_energy(*scene(size=(3, 3)))
+        assert torch.get_float32_matmul_precision() == 'medium'
+    finally: torch.set_float32_matmul_precision(before)
+
+
+def test_second_derivative_is_refused():
+    images, probs = scene()
+    with pytest.raises(RuntimeError, match='no second derivative'): torch.autograd.grad(dense_crf_energy(images, probs.requires_grad_()).sum(), probs, create_graph=True)
+
+
+GOOD = dict(images=torch.rand(2, 3, 4, 4), probs=torch.rand(2, 2, 4, 4)/2)
+
+
+@pytest.mark.parametrize('kw, error, message', [
+    (dict(images=torch.randint(0, 255, (2, 3, 4, 4))), TypeError, 'images: expected a float tensor, got torch.int64'),
+    (dict(images=torch.rand(2, 3, 4, 4).numpy()), TypeError, 'images: expected a float tensor, got float32'),
+    (dict(images=255*torch.rand(2, 3, 4, 4)), ValueError, 'images: expected RGB in [0,1], neither 0 to 255'),
+    (dict(images=torch.full((2, 3, 4, 4), float('nan'))), ValueError, 'images: expected RGB in [0,1]'),
+    (dict(images=torch.randn(2, 3, 40, 40)), ValueError, 'images: expected RGB in [0,1]'),
+    (dict(images=torch.rand(2, 1, 4, 4)), ValueError, 'images: expected shape (B,3,H,W), got (2, 1, 4, 4)'),
+    (dict(images=torch.rand(3, 4, 4)), ValueError, 'images: expected shape (B,3,H,W)'),
+    (dict(images=torch.rand(3, 3, 4, 4)), ValueError, 'probs: 2 maps came with 3 images'),
+    (dict(probs=torch.ones(2, 2, 4, 4, dtype=torch.int64)), TypeError, 'probs: expected a float tensor'),
+    (dict(probs=torch.rand(2, 4, 4)), ValueError, 'probs: expected shape (B,K,h,w)'),
+    (dict(probs=torch.rand(2, 1, 4, 4)), ValueError, 'K of 2 or more'),
+    (dict(probs=torch.randn(2, 2, 9, 9)), ValueError, 'probs: expected probabilities'),
+    (dict(roi=torch.ones(2, 1, 4, 4)), ValueError, 'roi: expected shape (B,H,W) = (2, 4, 4), got (2, 1, 4, 4)'),
+])
+def test_bad_tensors(kw, error, message):
+    with pytest.raises(error) as e: DenseCRFLoss()(**GOOD | kw)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize('kw, message', [
+    (dict(scale=0), 'scale=0: expected a number above 0, at most 1'), (dict(scale=1.5), 'scale=1.5'), (dict(sigma_rgb=-1), 'sigma_rgb=-1'),
+    (dict(sigma_xy='far'), "sigma_xy='far'"), (dict(normalise='kernal'), 'did you mean kernel'), (dict(form='pots'), 'did you mean potts'),
+    (dict(chunk=0), 'chunk=0'), (dict(chunk=2.5), 'chunk=2.5')])
+def test_bad_settings(kw, message):
+    with pytest.raises(ValueError) as e: DenseCRFLoss(**kw)
+    assert message in str(e.value)
+
+
+def test_nan_probabilities_reach_the_scaler():
+    probs = GOOD['probs'].clone()
+    probs[0, 0, 0, 0] = float('nan')
+    assert DenseCRFLoss()(GOOD['images'], probs).isnan()
