@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Target', 'check_preset', 'to_score_maps', 'reference_score_map', 'unwrap', 'model_intact', 'Localizer',
-           'HeadMaps', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report', 'make_report',
-           'evaluate']
+           'HeadMaps', 'find_localizer', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report',
+           'make_report', 'evaluate']
 
-# %% ../nbs/12_localize.ipynb #1b738011
-import html, json, time
+# %% ../nbs/12_localize.ipynb #9c360221
+import html, importlib, json, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from .core import check_boxes, minmax
+from .core import check_boxes, did_you_mean, minmax
 from .metrics.boxes import BoxAcc, BoxRules, box_overlaps, centre_map, level_boxes, one_box
 from .metrics.pixels import PxAP
 
@@ -205,6 +205,20 @@ class HeadMaps(Localizer):
         idx = target.classes(logits)
         at = torch.arange(len(x), device=x.device)
         return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
+
+# %% ../nbs/12_localize.ipynb #84d82e48
+_LOCALIZERS = ('wsol_nb.cam.gradient', 'wsol_nb.cam.score', 'wsol_nb.cam.excitation') # later modules in which localizers are at home
+
+def find_localizer(
+    name:str, # class name, any case, e.g. 'GradCAM' or 'gradcam'
+)->type:
+    "A `Localizer` subclass by name."
+    for m in _LOCALIZERS: importlib.import_module(m)
+    def below(c): return [c] + [s for k in c.__subclasses__() for s in below(k)]
+    known = {c.__name__: c for c in below(Localizer)[1:]}
+    found = next((c for n, c in known.items() if n.lower() == str(name).lower()), None)
+    if found is None: raise ValueError(f'localizer {name!r}: {did_you_mean(name, known)} (one of your own must be imported first)')
+    return found
 
 # %% ../nbs/12_localize.ipynb #621abeef
 class BoxLocalizer(Localizer):

@@ -25,7 +25,7 @@ from .synth import write_world
 from fastai.data.core import DataLoaders, TfmdDL # after wsol_nb.core, see its end
 from fastai.torch_core import default_device
 
-# %% ../../nbs/03_data.loaders.ipynb #e1736411
+# %% ../../nbs/03_data.loaders.ipynb #82d03c7f
 class Geometry(NamedTuple):
     "Where a training crop lies in the resized image, and whether it is flipped."
     x: int
@@ -49,10 +49,11 @@ def apply_geometry(
     size, # side of the result, or without a crop its (W,H)
     resize=None, # side, or (W,H), of the resized image before the crop; None: `size`, no crop
     geometry=None, # a Geometry; None: no crop, no flip
+    resample=Image.BILINEAR, # Image.NEAREST for labels
 )->Image.Image: # size x size
-    "Resize (bilinear, aspect ratio not kept), crop and flip."
+    "Resize (aspect ratio not kept), crop and flip."
     side = resize if geometry else size
-    img = img.resize((side, side) if isinstance(side, int) else tuple(side), Image.BILINEAR)
+    img = img.resize((side, side) if isinstance(side, int) else tuple(side), resample)
     if geometry is None: return img
     img = img.crop((geometry.x, geometry.y, geometry.x + size, geometry.y + size))
     if geometry.flip: img = img.transpose(Image.FLIP_LEFT_RIGHT)
@@ -64,7 +65,7 @@ def to_tensor(
     "An RGB image as a float tensor."
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).float().div_(255)
 
-# %% ../../nbs/03_data.loaders.ipynb #83333aec
+# %% ../../nbs/03_data.loaders.ipynb #81aa3587
 @dataclass(frozen=True)
 class Recipe:
     "What becomes of an image on its way to the model."
@@ -73,9 +74,9 @@ class Recipe:
     hue: float = 0.     # and the hue by up to this share of the colour circle
     whole: bool = False # evaluation sees the whole image, at the scale from which crops are taken
 
-    def place(self, img, size, resize, geometry):
-        "An image or a map of it, as large as the model gets it."
-        return apply_geometry(img, resize if self.whole and geometry is None else size, resize, geometry)
+    def place(self, img, size, resize, geometry, resample=Image.BILINEAR):
+        "An image, or a map or labels of it, as large as the model gets it."
+        return apply_geometry(img, resize if self.whole and geometry is None else size, resize, geometry, resample)
 
 RECIPES = dict(photo=Recipe(), histology=Recipe(vflip=True, jitter=.5, hue=.05, whole=True))
 
@@ -144,7 +145,7 @@ def is_negative(self:DataInfo,
     positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
     return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
 
-# %% ../../nbs/03_data.loaders.ipynb #8bba24b4
+# %% ../../nbs/03_data.loaders.ipynb #209290ba
 class WSOLDataset:
     "The images of one split: items are (image,), (image, label) or (image, label, stored map)."
     n_inp = 1
@@ -153,7 +154,7 @@ class WSOLDataset:
         info:DataInfo, # of the whole dataset
         train:bool=False, # random crop and flip
         labelled:bool=True, # items carry a label
-        maps:MapStore=None, # items carry the stored map too
+        maps:MapStore=None, # items carry the stored map, or with a `LabelStore` the pixel labels, too
     ):
         df = df.reset_index(drop=True)
         self.df = df.drop(columns=['boxes', 'mask', 'ignore'], errors='ignore') # no way to peek
@@ -178,8 +179,10 @@ class WSOLDataset:
         item = (to_tensor(img),)
         if self.targets is not None: item += (torch.as_tensor(self.targets[i]),)
         if self.maps is not None:
-            stored = Image.fromarray(self.maps.load(self.df.image_id[i]).astype(np.float32), mode='F')
-            item += (torch.from_numpy(np.array(self.recipe.place(stored, size, resize, g))),)
+            stored = self.maps.load(self.df.image_id[i])
+            if stored.dtype == np.uint8: placed = np.array(self.recipe.place(Image.fromarray(stored), size, resize, g, Image.NEAREST), dtype=np.int64)
+            else: placed = np.array(self.recipe.place(Image.fromarray(stored.astype(np.float32), mode='F'), size, resize, g))
+            item += (torch.from_numpy(placed),)
         return item
 
     def decode(self, o, full=True):
@@ -292,7 +295,7 @@ def _roles(df, train, valid, tune, test):
         if name not in have and role != 'test': raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
     return {role: name if name in have else None for role, name in roles.items()}
 
-# %% ../../nbs/03_data.loaders.ipynb #7c9713c7
+# %% ../../nbs/03_data.loaders.ipynb #0d52aa54
 class WSOLDataLoaders(DataLoaders):
     "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
@@ -319,7 +322,7 @@ class WSOLDataLoaders(DataLoaders):
         check=False, # True or a list of splits: decode every image first; faults are an error that names them all
         skip_bad:bool=False, # with that check: go on without the bad images
         exif:bool=False, # turn images as their EXIF flag says
-        maps:MapStore=None, # stored maps that training items carry
+        maps:MapStore=None, # stored maps, or pixel labels in a `LabelStore`, that training items carry
         source:dict=None, # how these loaders were made, for the run's config
         recipe:str='photo', # photo or histology, see `RECIPES`
         negative=None, # class id or ids whose images have no foreground by definition; None: those in `df.attrs`

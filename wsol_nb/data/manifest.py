@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VIDEO', 'PROBLEMS', 'labels_of', 'problem_table', 'describe_problems', 'datasets_in', 'read_metadata',
-           'link_shots', 'folder_manifest', 'read_mask', 'check_manifest', 'drop_bad', 'Truth', 'MapStore']
+           'link_shots', 'folder_manifest', 'read_mask', 'check_manifest', 'drop_bad', 'Truth', 'MapStore',
+           'LabelStore']
 
 # %% ../../nbs/02_data.manifest.ipynb #224c94d9
 import math, os, re, zlib
@@ -437,7 +438,10 @@ class Truth:
         masks = self.df['mask'][i]
         return read_mask(masks, self.df['ignore'][i], (self.size, self.size)) if len(masks) else None
 
-# %% ../../nbs/02_data.manifest.ipynb #ddcddb42
+# %% ../../nbs/02_data.manifest.ipynb #66d6ec93
+def _array(a): return np.asarray(a.cpu() if hasattr(a, 'cpu') else a)
+
+# %% ../../nbs/02_data.manifest.ipynb #7af1d8cc
 class MapStore:
     "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
     def __init__(self,
@@ -459,18 +463,38 @@ class MapStore:
 
     def save(self, image_id, score_map, dtype=np.float32):
         "Write a map; it appears whole or not at all. float64 keeps every digit of a score."
-        s = check_score_map(np.asarray(score_map.cpu() if hasattr(score_map, 'cpu') else score_map), name=f'map of {image_id}')
+        self._write(image_id, check_score_map(_array(score_map), name=f'map of {image_id}').astype(dtype))
+
+    def _write(self, image_id, array):
         p = self.path(image_id)
         p.parent.mkdir(parents=True, exist_ok=True)
         part = p.with_name(f'.{p.name}.{os.getpid()}')
-        with open(part, 'wb') as f: np.save(f, s.astype(dtype))
+        with open(part, 'wb') as f: np.save(f, array)
         os.replace(part, p)
 
-    def load(self, image_id)->np.ndarray: # (H,W) float32, or float64 where it was written so
-        "Read a map; also found under the id without its suffix."
+    def _read(self, image_id):
         f = self.find(image_id)
         if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
         try: s = np.load(f, allow_pickle=False)
         except (ValueError, OSError, EOFError) as e: raise ValueError(f'map of {image_id}: {f} cannot be read as an array ({e})') from None
         if s.dtype.kind not in 'fiub': raise ValueError(f'map of {image_id}: expected numbers, got an array of {s.dtype}')
+        return s
+
+    def load(self, image_id)->np.ndarray: # (H,W) float32, or float64 where it was written so
+        "Read a map; also found under the id without its suffix."
+        s = self._read(image_id)
         return check_score_map(s, name=f'map of {image_id}').astype(np.float64 if s.dtype == np.float64 else np.float32)
+
+class LabelStore(MapStore):
+    "Pixel labels on disk, in the same layout: uint8 (H,W), a class or 255 for ignored. Points, scribbles, or seeds that stay."
+    def save(self, image_id, labels):
+        "Write the labels of an image; they appear whole or not at all."
+        a = _array(labels)
+        if a.ndim != 2 or a.dtype.kind not in 'iub' or a.size == 0 or a.min() < 0 or a.max() > 255: raise ValueError(f'labels of {image_id}: expected whole numbers 0 to 255 of shape (H,W), got {a.dtype} {a.shape}')
+        self._write(image_id, a.astype(np.uint8))
+
+    def load(self, image_id)->np.ndarray: # (H,W) uint8
+        "Read the labels of an image."
+        a = self._read(image_id)
+        if a.dtype != np.uint8 or a.ndim != 2: raise ValueError(f'labels of {image_id}: expected uint8 of shape (H,W), got {a.dtype} {a.shape}')
+        return a
