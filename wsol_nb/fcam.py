@@ -59,13 +59,24 @@ class Decoder(nn.Module):
         for up, skip in zip(self.ups, taps[-2::-1]): x = up(x, skip)
         return self.head(x)
 
-# %% ../nbs/61_fcam.ipynb #52680079
+# %% ../nbs/61_fcam.ipynb #0e10b631
 class Prediction(NamedTuple):
     "What a `FullModel` answers in training."
     logits: torch.Tensor # (B,C)
     maps: torch.Tensor   # (B,C,h,w) class maps of the classifier
     full: torch.Tensor   # (B,2,h,w) logits of the decoder; channel 1 is foreground
 
+def _choose_taps(classifier, side=64):
+    "Which intermediate features a decoder gets: those of a new layer, coarser than the image. Their indices, and the number of channels of each."
+    p, training = next(classifier.parameters()), classifier.training
+    x = torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
+    try:
+        with torch.no_grad(): _, taps = classifier.eval().body.forward_intermediates(x)
+    finally: classifier.train(training)
+    kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and (i == 0 or t is not taps[i - 1])]
+    return kept, [taps[i].shape[1] for i in kept]
+
+# %% ../nbs/61_fcam.ipynb #2e2a6ecd
 class FullModel(nn.Module):
     "A classifier and a decoder on its feature maps. `forward` gives logits, in training a `Prediction`."
     def __init__(self,
@@ -78,22 +89,12 @@ class FullModel(nn.Module):
         if loss_stride not in (1, 2, 4): raise ValueError(f'loss_stride={loss_stride!r}: expected 1, 2 or 4')
         if not hasattr(classifier.body, 'forward_intermediates'): raise ValueError(f'classifier: {type(classifier.body).__name__} gives no intermediate features (timm: forward_intermediates)')
         self.classifier, self.frozen, self.loss_stride = classifier, frozen, loss_stride
-        channels = self._choose_taps()
+        self.kept, channels = _choose_taps(classifier)
+        self.necked = not isinstance(classifier.neck, nn.Identity)
+        channels += [classifier.head.in_features]*self.necked # the coarsest
         self.decoder = Decoder(channels, list(widths)[1 - len(channels):])
         if frozen: classifier.requires_grad_(False)
-        self.arch, self.stride = getattr(classifier, 'arch', type(classifier).__name__), getattr(classifier, 'stride', None)
-
-    def _choose_taps(self, side=64):
-        "Which features the decoder gets: those of a new layer, coarser than the image; a neck's at the end."
-        p, training = next(self.classifier.parameters()), self.classifier.training
-        x = torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
-        try:
-            with torch.no_grad(): _, taps = self.classifier.eval().body.forward_intermediates(x)
-        finally: self.classifier.train(training)
-        self.kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and (i == 0 or t is not taps[i - 1])]
-        channels = [taps[i].shape[1] for i in self.kept]
-        self.necked = not isinstance(self.classifier.neck, nn.Identity)
-        return channels + [self.classifier.head.in_features]*self.necked
+        self.arch, self.stride = classifier.arch, classifier.stride
 
     def train(self, mode=True):
         super().train(mode)

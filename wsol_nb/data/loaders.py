@@ -145,7 +145,13 @@ def is_negative(self:DataInfo,
     positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
     return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
 
-# %% ../../nbs/03_data.loaders.ipynb #209290ba
+# %% ../../nbs/03_data.loaders.ipynb #d321e1bb
+def _placed(stored, recipe, size, resize, geometry):
+    "A stored map (float) or labels (uint8, nothing between two of them) as a tensor, through the image's crop and flip."
+    if stored.dtype != np.uint8: return torch.from_numpy(np.array(recipe.place(Image.fromarray(stored.astype(np.float32), mode='F'), size, resize, geometry)))
+    return torch.from_numpy(np.array(recipe.place(Image.fromarray(stored), size, resize, geometry, Image.NEAREST), dtype=np.int64))
+
+# %% ../../nbs/03_data.loaders.ipynb #fe25c651
 class WSOLDataset:
     "The images of one split: items are (image,), (image, label) or (image, label, stored map)."
     n_inp = 1
@@ -178,12 +184,7 @@ class WSOLDataset:
         if g and self.recipe.jitter: img = jitter_colours(img, np.random.default_rng([self.info.seed, self.epoch, i, 1]), self.recipe.jitter, self.recipe.hue)
         item = (to_tensor(img),)
         if self.targets is not None: item += (torch.as_tensor(self.targets[i]),)
-        if self.maps is not None:
-            stored = self.maps.load(self.df.image_id[i])
-            if stored.dtype == np.uint8: placed = np.array(self.recipe.place(Image.fromarray(stored), size, resize, g, Image.NEAREST), dtype=np.int64)
-            else: placed = np.array(self.recipe.place(Image.fromarray(stored.astype(np.float32), mode='F'), size, resize, g))
-            item += (torch.from_numpy(placed),)
-        return item
+        return item if self.maps is None else item + (_placed(self.maps.load(self.df.image_id[i]), self.recipe, size, resize, g),)
 
     def decode(self, o, full=True):
         "fastai's way from a predicted position to a class name."

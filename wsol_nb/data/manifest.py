@@ -441,7 +441,7 @@ class Truth:
 # %% ../../nbs/02_data.manifest.ipynb #66d6ec93
 def _array(a): return np.asarray(a.cpu() if hasattr(a, 'cpu') else a)
 
-# %% ../../nbs/02_data.manifest.ipynb #7af1d8cc
+# %% ../../nbs/02_data.manifest.ipynb #28476ec6
 class MapStore:
     "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
     def __init__(self,
@@ -485,6 +485,7 @@ class MapStore:
         s = self._read(image_id)
         return check_score_map(s, name=f'map of {image_id}').astype(np.float64 if s.dtype == np.float64 else np.float32)
 
+# %% ../../nbs/02_data.manifest.ipynb #05effd11
 class LabelStore(MapStore):
     "Pixel labels on disk, in the same layout: uint8 (H,W), a class or 255 for ignored. Points, scribbles, or seeds that stay."
     def save(self, image_id, labels):
