@@ -6,12 +6,14 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wsol_nb.losses.crf import DenseCRFLoss, _Energy, crf_features, dense_crf_energy, kernel_product
+from wsol_nb.losses.crf import DenseCRFLoss, _Energy, crf_features, dense_crf_energy, grid_product, kernel_product, lattice_weight, mean_affinity, mean_field
 
 MODES = [(f, n) for f in ('assoc', 'potts') for n in ('none', 'pixels', 'kernel')]
 
 
-def close(a, b, tol): torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=0, atol=float(tol))
+def close(a, b, tol):
+    a = torch.as_tensor(a).detach()
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype).detach(), rtol=0, atol=float(torch.as_tensor(tol).detach()))
 
 
 def scene(B=2, K=3, size=(6, 7), dtype=torch.float64, at=None):
@@ -180,6 +182,59 @@ def test_second_derivative_is_refused():
     with pytest.raises(RuntimeError, match='no second derivative'): torch.autograd.grad(dense_crf_energy(images, probs.requires_grad_()).sum(), probs, create_graph=True)
 
 
+def test_grid_is_symmetric_positive_and_close():
+    images = torch.rand(2, 3, 9, 10, dtype=torch.float64)
+    images[1] = .3*images[1] + torch.linspace(0, .7, 10, dtype=torch.float64)
+    for cell in (1., .75, .5):
+        f = crf_features(images, 40., 100., (224, 224))
+        W, W2 = (p(f, torch.eye(90, dtype=torch.float64).expand(2, -1, -1)) for p in (kernel_product, lambda *a: grid_product(*a, cell=cell)))
+        close(W2, W2.mT, tol=1e-12)
+        close(W2.diagonal(dim1=1, dim2=2), torch.ones(2, 90), tol=1e-12) # everyone's own weight is 1, wherever it lies in its cell
+        assert W2.min() >= 0 and W2.max() <= 1 + 1e-12 and torch.linalg.eigvalsh(W2).min() > -1e-10
+        assert (W - W2).abs().max() < .25*cell**2
+    assert torch.equal(grid_product(f, W), torch.cat([grid_product(f[i:i + 1], W[i:i + 1]) for i in range(2)]))
+    with pytest.raises(ValueError, match='the exact kernel'): grid_product(1e4*f, W)
+
+
+@pytest.mark.parametrize('form, normalise', MODES)
+def test_grid_gradient_is_that_of_its_energy(form, normalise):
+    images, probs = scene(size=(4, 5))
+    loss = DenseCRFLoss(60., 3., form=form, normalise=normalise, cell=.75)
+    roi = torch.rand(2, 4, 5, dtype=torch.float64)
+    assert gradcheck(lambda s: loss(images, s, roi), (.05 + .9*probs).requires_grad_())
+
+
+def test_mean_field():
+    images, probs = scene(B=2, K=3, size=(12, 14), dtype=torch.float32)
+    for kw in (dict(n_iter=0, scale=1.), dict(w_bilateral=0, w_gauss=0, scale=1.)): close(mean_field(images, probs, **kw), probs, tol=1e-6)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        Q = mean_field(images, probs.to(dtype))
+        assert Q.dtype == dtype and Q.shape == probs.shape
+        close(Q.sum(1), torch.ones(2, 12, 14), tol=3e-3 if dtype == torch.float16 else 1e-5)
+    flat, two = torch.zeros(1, 3, 8, 8), torch.full((1, 2, 8, 8), .5)
+    flat[..., 4:] = 1 # two halves of different colours,
+    two[:, :, 0, 0], two[:, :, 0, 7] = torch.tensor([.9, .1]), torch.tensor([.1, .9]) # one pixel of each labelled
+    Q = mean_field(flat, two, scale=1., w_gauss=0.)
+    assert (Q[0, 0, :, :4] > .5).all() and (Q[0, 1, :, 4:] > .5).all()
+    lone = torch.arange(27).view(1, 3, 3, 3)/27 # nine colours, nobody like another
+    S = torch.rand(1, 2, 3, 3).softmax(1)
+    close(mean_field(lone, S, sigma_rgb=1., scale=1., w_gauss=0), S, tol=1e-6)
+    for kw, said in ((dict(n_iter=-1), 'n_iter=-1'), (dict(w_gauss=-1), 'w_gauss=-1'), (dict(scale=2), 'scale=2')):
+        with pytest.raises(ValueError, match=said): mean_field(images, probs, **kw)
+
+
+def test_weights():
+    images = torch.rand(3, 3, 16, 16)
+    A = mean_affinity(images, cell=None)
+    close(A, dense_kernel(images).mean((1, 2)).float(), tol=1e-5)
+    close(mean_affinity(torch.full((1, 3, 8, 8), .5), sigma_xy=1e6, cell=None), [1], tol=1e-5)
+    E = [lattice_weight(size=(16, 16), scale=s, normalise=n, affinity=A[0].item())*DenseCRFLoss(scale=s, sigma_xy=1e6, normalise=n)(torch.full((1, 3, 16, 16), .5), torch.full((1, 2, 16, 16), .5)).item()
+         for s in (1, .5) for n in ('none', 'pixels')]
+    close(E, [E[0]]*4, tol=1e-6*abs(E[0])) # on a flat image, where nothing is lost by averaging
+    close(lattice_weight(normalise='kernel', affinity=.1), .5*2e-9*224**4*.1, tol=1e-12)
+    with pytest.raises(ValueError, match='affinity=None'): lattice_weight(normalise='kernel')
+
+
 GOOD = dict(images=torch.rand(2, 3, 4, 4), probs=torch.rand(2, 2, 4, 4)/2)
 
 
@@ -206,7 +261,7 @@ def test_bad_tensors(kw, error, message):
 @pytest.mark.parametrize('kw, message', [
     (dict(scale=0), 'scale=0: expected a number above 0, at most 1'), (dict(scale=1.5), 'scale=1.5'), (dict(sigma_rgb=-1), 'sigma_rgb=-1'),
     (dict(sigma_xy='far'), "sigma_xy='far'"), (dict(normalise='kernal'), 'did you mean kernel'), (dict(form='pots'), 'did you mean potts'),
-    (dict(chunk=0), 'chunk=0'), (dict(chunk=2.5), 'chunk=2.5')])
+    (dict(cell=0), 'cell=0'), (dict(cell=2), 'cell=2'), (dict(chunk=0), 'chunk=0'), (dict(chunk=2.5), 'chunk=2.5')])
 def test_bad_settings(kw, message):
     with pytest.raises(ValueError) as e: DenseCRFLoss(**kw)
     assert message in str(e.value)

@@ -1,10 +1,12 @@
-"""Speed as ratios against a peer in the same run: python tools/bench.py [boxes pixels birds training cams ablation scorecam] (make bench).
+"""Speed as ratios against a peer in the same run: python tools/bench.py [boxes pixels birds training cams ablation scorecam crf] (make bench).
 
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds), OpenCV and numba
 on one thread; for PxAP NumPy's histogram; for training the same model in torch's default memory format; for CAMs a plain
-no_grad forward pass, pytorch-grad-cam and torchcam. All take some fifteen minutes.
+no_grad forward pass, pytorch-grad-cam and torchcam; for the CRF loss a training step and its own approximation (written to
+nbs/crf_times.csv). All take some twenty minutes.
 """
 import contextlib
+import csv
 import io
 import os
 import statistics
@@ -21,7 +23,9 @@ from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResC
 from wsol_nb.cam.score import AblationCAM, ScoreCAM
 from wsol_nb.data.manifest import Truth, read_metadata
 from wsol_nb.learner import hardware
+from wsol_nb.core import env_folder, read_image
 from wsol_nb.localize import Scorer, Target, make_report, reference_score_map
+from wsol_nb.losses.crf import DenseCRFLoss
 from wsol_nb.metrics.boxes import TAUS, level_boxes, map_boxes, plain_boxes
 from wsol_nb.metrics.pixels import PxAP
 from wsol_nb.models import wsol_model
@@ -191,7 +195,44 @@ def scorecam(k=64, repeat=5):
           f'in bfloat16 {t["peer"]/t["bfloat16"]:.2f} times (with float32 {corr("bfloat16", "float32"):.5f})')
 
 
-BENCHES = dict(boxes=boxes, pixels=pixels, birds=birds, training=training, cams=cams, ablation=ablation, scorecam=scorecam)
+def peak_mb(f, cuda):
+    "Most memory that tensors made by a call hold at a time, in MB."
+    if cuda:
+        before = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats(); f()
+        return (torch.cuda.max_memory_allocated() - before)/2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: f()
+    now = most = 0
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()): now += e.nbytes(); most = max(most, now)
+    return most/2**20
+
+
+def crf(n=8, out='nbs/crf_times.csv'):
+    "The CRF loss of 8 images of 224x224 with its gradient, at several scales; a training step of MobileNetV2 on the same images beside it."
+    device, data, torch_rng = 'cuda' if torch.cuda.is_available() else 'cpu', env_folder('WSOL_DATA'), torch.Generator().manual_seed(0)
+    images = dict(noise=torch.rand(n, 3, 224, 224, generator=torch_rng))
+    if data:
+        df = read_metadata(data, 'CUB', 'test')
+        images['CUB'] = torch.stack([torch.from_numpy(np.asarray(read_image(p).resize((224, 224)), np.float32)/255).permute(2, 0, 1) for p in df.path.iloc[::len(df)//n][:n]])
+    else: print('crf: no CUB images, WSOL_DATA is not set')
+    S = torch.nn.functional.interpolate(torch.randn(n, 2, 7, 7, generator=torch_rng)*2, size=224, mode='bilinear').softmax(1).to(device).requires_grad_()
+
+    def waited(f): return lambda: (f(), device == 'cuda' and torch.cuda.synchronize())
+    model, y = wsol_model('mobilenetv2_100', 20, stride=16).train().to(device), torch.randint(20, (n,), device=device)
+    x = next(iter(images.values())).to(device)
+    step = waited(lambda: torch.nn.functional.cross_entropy(model(x), y).backward())
+    where = ', '.join(str(v) for v in hardware().values() if v is not None) + f' cores, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)}'
+    rows = []
+    for (kind, I), size, cell in ((i, s, c) for i in images.items() for s in (28, 56, 112, 224) for c in (None, .75)):
+        loss, I = DenseCRFLoss(scale=size/224, form='potts', normalise='kernel', cell=cell), I.to(device)
+        once = lambda: torch.autograd.grad(loss(I, S), S)
+        t = in_turns(dict(crf=waited(once), step=step), 1 if size == 224 and cell is None else 3)
+        rows.append(dict(images=kind, batch=n, size=size, way='exact' if cell is None else f'grid {cell}', ms=round(1e3*t['crf'], 1), peak_mb=round(peak_mb(once, device == 'cuda'), 1), full_w_mb=round(n*size**4*4/2**20),
+                         step_ms=round(1e3*t['step']), share_of_step=round(t['crf']/(t['crf'] + t['step']), 3), hardware=where, command='python tools/bench.py crf'))
+        print('  '.join(f'{k} {v}' for k, v in rows[-1].items() if k not in ('hardware', 'command')), flush=True)
+    with open(out, 'w', newline='') as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+
+
+BENCHES = dict(boxes=boxes, pixels=pixels, birds=birds, training=training, cams=cams, ablation=ablation, scorecam=scorecam, crf=crf)
 
 if __name__ == '__main__':
     print({**hardware(), 'threads': torch.get_num_threads()})

@@ -67,7 +67,7 @@ def kernel_product(
             if j < N: out[:, :, i:j].baddbmm_(V[:, :, j:], W[:, :, j - i:].mT)
     return out
 
-# %% ../../nbs/51_losses.crf.ipynb #fbe7e4c0
+# %% ../../nbs/51_losses.crf.ipynb #019caea9
 @torch.no_grad()
 def grid_product(
     f, # (B,D,N) features
@@ -79,7 +79,7 @@ def grid_product(
     B, D, N = f.shape
     x = (f - f.amin(-1, keepdim=True))/cell
     low, n = x.long(), (x.amax((0, 2)).long() + 2).tolist() # b,d,n; nodes along each axis
-    if B*math.prod(n) > 2**28: raise ValueError(f'cell={cell}: a grid of {"x".join(map(str, n))} nodes for each of {B} images; a larger cell, larger sigmas, or the exact kernel (cell=None)')
+    if B*math.prod(n)*V.shape[1] > 2**28: raise ValueError(f'cell={cell}: a grid of {"x".join(map(str, n))} nodes for each of {B} images; a larger cell, larger sigmas, or the exact kernel (cell=None)')
     t, step = x - low, torch.tensor([math.prod(n[d + 1:]) for d in range(D)], device=f.device)
     G = [(-(cell*(i[:, None] - i)).pow(2)/(2 - 2*cell**2/3)).exp() for i in (torch.arange(k).to(f) for k in n)] # hats widen it by cell²/3
     own = torch.stack([1 - 2*t[:, d]*(1 - t[:, d])*(1 - G[d][0, 1]) for d in range(D)], 1).prod(1, keepdim=True) # b,1,n: W̃_pp, made 1 below
@@ -162,7 +162,7 @@ def _resize(x, size, weight=None):
     shrinks = all(a >= b for a, b in zip(x.shape[-2:], size))
     return F.interpolate(x, size, mode='area') if shrinks else F.interpolate(x, size, mode='bilinear', antialias=True)
 
-# %% ../../nbs/51_losses.crf.ipynb #4756f751
+# %% ../../nbs/51_losses.crf.ipynb #3a7357e1
 def dense_crf_energy(
     images, # (B,3,h,w) float RGB in [0,1]; takes no gradient
     probs, # (B,K,h,w) class probabilities
@@ -177,6 +177,7 @@ def dense_crf_energy(
 )->torch.Tensor: # (B,)
     "Dense CRF energy of each image, in float32 or float64; differentiable in `probs`."
     images, probs = _at_least_float32(images.detach(), probs)
+    if probs.shape[-2:] != images.shape[-2:]: raise ValueError(f'probs: expected the size of the images, {tuple(images.shape[-2:])}, got {tuple(probs.shape[-2:])}; DenseCRFLoss resizes')
     f = crf_features(images, sigma_rgb, sigma_xy, size)
     r = torch.ones_like(f[:, :1]) if roi is None else roi.to(f).flatten(1)[:, None]
     return _Energy.apply(probs.flatten(2), f, r, _choice('form', form, FORMS), _choice('normalise', normalise, NORMALISE), _product(chunk, cell))
@@ -216,7 +217,7 @@ class DenseCRFLoss(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)!r}' for k in ('sigma_rgb', 'sigma_xy', 'scale', 'normalise', 'form', 'cell'))
 
-# %% ../../nbs/51_losses.crf.ipynb #dedfeda4
+# %% ../../nbs/51_losses.crf.ipynb #57850ef9
 @torch.no_grad()
 def mean_affinity(
     images, # (B,3,H,W) float RGB in [0,1]
@@ -226,6 +227,7 @@ def mean_affinity(
     cell=.75, # as in `DenseCRFLoss`; None: exact
 )->torch.Tensor: # (B,) in (0,1]
     "Mean of W, 1ᵀW1/N²: how alike the pixels of an image are."
+    _check_inputs(images, images)
     I, = _at_least_float32(images)
     f = crf_features(_resize(I, _small(I, scale)), sigma_rgb, sigma_xy, I.shape[-2:])
     return _product(None, cell)(f, torch.ones_like(f[:, :1])).mean((1, 2))/f.shape[-1]
@@ -244,23 +246,26 @@ def lattice_weight(
     if _choice('normalise', normalise, NORMALISE) == 'kernel' and affinity is None: raise ValueError("affinity=None: with normalise='kernel' the weight depends on the images; expected mean_affinity(images).mean()")
     return attenuation*weight*N0**2*dict(none=N**-2, pixels=1/N, kernel=affinity)[normalise]
 
-# %% ../../nbs/51_losses.crf.ipynb #dc515364
+# %% ../../nbs/51_losses.crf.ipynb #058cd374
 @torch.no_grad()
 def mean_field(
     images, # (B,3,H,W) float RGB in [0,1]
     probs, # (B,K,h,w) class probabilities
     n_iter:int=5, # rounds
-    w_bilateral:float=10., # weight of the kernel of position and colour
-    w_gauss:float=3., # weight of the kernel of position alone
-    sigma_rgb:float=13., # in grey levels, 0 to 255
-    sigma_xy:float=80., # of the first kernel, in pixels of the images
+    w_bilateral:float=3., # weight of the kernel of position and colour
+    w_gauss:float=1., # weight of the kernel of position alone
+    sigma_rgb:float=10., # in grey levels, 0 to 255
+    sigma_xy:float=20., # of the first kernel, in pixels of the images
     sigma_gauss:float=3., # of the second
-    scale:float=1., # of the images at which pixels are compared, in (0,1]
-    cell=.75, # as in `DenseCRFLoss`; None: exact
+    scale:float=.5, # of the images at which pixels are compared, in (0,1]
+    cell=None, # as in `DenseCRFLoss`
     chunk=None, # rows of W in memory at a time; None: chosen
 )->torch.Tensor: # (B,K,h,w)
     "Probabilities refined to fit the image (mean field of a dense CRF, Krähenbühl & Koltun 2011)."
     _check_inputs(images, probs)
+    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 0: raise ValueError(f'n_iter={n_iter!r}: expected a number of rounds')
+    for name, w in dict(w_bilateral=w_bilateral, w_gauss=w_gauss).items():
+        if not 0 <= w < math.inf: raise ValueError(f'{name}={w!r}: expected a number of at least 0')
     (I, S), size, product = _at_least_float32(images, probs), _small(images, scale), _product(_check_chunk(chunk), cell)
     f = crf_features(_resize(I, size), sigma_rgb, sigma_xy, I.shape[-2:])
     Q = _resize(S, size).flatten(2) # b,k,n
