@@ -15,6 +15,7 @@ from torch import nn
 from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, localize_all
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
+from wsol_nb.fcam import FullModel
 from wsol_nb.localize import HeadMaps, Localizer, to_score_maps
 from wsol_nb.models import wsol_model
 from wsol_nb.pooling import HEADS
@@ -55,7 +56,7 @@ LOCALIZERS = {c.__name__: c for c in (HeadMaps, *GRADIENT)} | dict(SmoothGradCAM
 SCORE = dict(ScoreCAM=dict(channels=8), SSCAM=dict(channels=4, n=2, std=.5), ISCAM=dict(channels=4, n=2), AblationCAM=dict(channels=8)) # small budgets
 LOCALIZERS |= {c.__name__: (lambda m, layer=None, c=c: c(m, layer, bs=6, **SCORE[c.__name__])) for c in (ScoreCAM, SSCAM, ISCAM, AblationCAM)}
 LOCALIZERS |= dict(ExcitationBackprop=ExcitationBackprop, Contrastive=lambda m, layer=None: ExcitationBackprop(m, layer, contrastive=True), FeedbackCAM=lambda m: FeedbackCAM(m, steps=2))
-CLASS_FREE = {'EigenCAM', 'DeepMILHead'} # the same map whatever the class
+CLASS_FREE = {'EigenCAM', 'DeepMILHead', 'FullModel'} # the same map whatever the class
 UNSUPPORTED = {('HeadMaps', 'Sequential'): (TypeError, 'no forward_maps')} | {('HeadMaps', a): (TypeError, 'no forward_maps') for a in TEN}
 UNSUPPORTED |= {('CAM', a): (ValueError, 'are no linear layer of the average of') for a in ('vgg16', 'convnext_tiny', 'ghostnet_100')}
 UNSUPPORTED |= {(l, a): (ValueError, 'is defined behind a ReLU') for a in ('efficientnet_b0', 'convnext_tiny') for l in ('ExcitationBackprop', 'Contrastive')}
@@ -65,6 +66,7 @@ EMPTY |= {('AblationCAM', 'ghostnet_100')} # eight of 160 channels, which are ne
 ROUGH = {'FeedbackCAM'} # the image's own gradient: rounding turns ReLUs and maxima over, all through a net of random weights
 SMALL = {l: ['resnet10t', 'mobilenetv2_035', 'Sequential'] for l in LOCALIZERS} | {'HeadMaps': list(ARCHS), 'SSCAM': ['resnet10t'], 'ISCAM': ['resnet10t']}
 HEAD_NETS = {f'{h}-{a}': (lambda h=h, a=a: wsol_model(a, 5, stride=16, head=HEADS[h], verbose=False)) for h in HEADS if h != 'GAP' for a in ('resnet10t', 'mobilenetv2_035')}
+HEAD_NETS |= {f'FullModel-{a}': (lambda a=a: FullModel(wsol_model(a, 5, stride=16, verbose=False), frozen=False)) for a in ('resnet10t', 'mobilenetv2_035')}
 PAIRS = [(l, n) for l in LOCALIZERS for n in SMALL[l] if (l, n) not in UNSUPPORTED] + [('HeadMaps', n) for n in HEAD_NETS] # a head's maps do not depend on who else reads the net
 TOP_DOWN = [l for l in LOCALIZERS if l != 'HeadMaps'] # apply to other people's nets
 LAYERED = [l for l in TOP_DOWN if l != 'FeedbackCAM'] # and take a layer
@@ -150,7 +152,7 @@ def test_targets(loc):
     same(none, loc.raw(x, loc.logits.argmax(1)), 0)
     same(loc.raw(x, 2), loc.raw(x, [2, 2, 2]), 0)
     same(loc.raw(x, torch.tensor([2, 0, 1])), loc.raw(x, (2, 0, 1)), 0)
-    if {type(loc).__name__, type(getattr(loc.model, 'head', None)).__name__}.isdisjoint(CLASS_FREE): assert not torch.equal(loc.raw(x, 0), loc.raw(x, 1)), 'another class, the same map'
+    if {type(o).__name__ for o in (loc, loc.model, getattr(loc.model, 'head', None))}.isdisjoint(CLASS_FREE): assert not torch.equal(loc.raw(x, 0), loc.raw(x, 1)), 'another class, the same map'
     several = loc.raw(x, [[0, 1], [2, 3], [4, 0]])
     assert several.shape[:2] == (3, 2)
     two = loc.raw(x, 2)

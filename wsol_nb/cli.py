@@ -11,12 +11,13 @@ from pathlib import Path
 
 from fastcore.script import Param, anno_parser, call_parse
 
-# %% ../nbs/92_cli.ipynb #fdedefe8
-def _make_method(name, params):
-    "A method from its name and 'key=value,key=value'."
+# %% ../nbs/92_cli.ipynb #9d21505d
+def _make_method(name, params, **given):
+    "A method from its name, 'key=value,key=value', and the fields that have an option of their own."
     import json
     from wsol_nb.learner import find_method
-    cls, kw = find_method(name), {}
+    cls, kw = find_method(name), {k: v for k, v in given.items() if v is not None}
+    if lost := [k for k in kw if k not in inspect.signature(cls).parameters]: raise ValueError(f'{lost[0]}: {cls.__name__} has no such choice; it is for methods that train on seeds, such as fcam')
     for part in filter(None, (params or '').split(',')):
         k, _, v = part.partition('=')
         if k.strip() not in inspect.signature(cls).parameters: raise ValueError(f'params: {cls.__name__} has no {k.strip()!r}; it has {", ".join(inspect.signature(cls).parameters) or "none"}')
@@ -36,28 +37,40 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #795fbbaf
+# %% ../nbs/92_cli.ipynb #42b7ae50
 def _learner(config, out):
     "Loaders and learner of a run's config."
-    from wsol_nb.learner import Checkpoint, KeepBest, loaders_from_config, method_from_dict, wsol_learner
+    from wsol_nb.learner import Checkpoint, KeepBest, adam, adamw, loaders_from_config, method_from_dict, sgd, wsol_learner
     t = config['train']
     dls = loaders_from_config(config['data'] | dict(check=t['check'], skip_bad=t['skip_bad'], num_workers=t['workers']))
-    method = method_from_dict(config['method'])
-    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], wd=t['wd'], path=out, cbs=[Checkpoint(out), KeepBest(out)])
+    method, opt = method_from_dict(config['method']), dict(sgd=sgd, adam=adam, adamw=adamw)[t.get('opt', 'sgd')]
+    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], opt_func=opt, wd=t['wd'], path=out, cbs=[Checkpoint(out), KeepBest(out)])
+
+def _data(data, dataset, recipe, first, **given):
+    "The `data` entry: what the user named, else that of the first stage."
+    kept = first.config['data'] if first and not (data or dataset) else _source(data, dataset)
+    for k in ('resize', 'bs', 'seed', 'roles'): kept.pop(k, None)
+    given['size'] = given['size'] or (first.config['data']['size'] if first else 224)
+    if given['resize'] == 'size': given['resize'] = given['size']
+    if recipe: kept['recipe'] = recipe
+    return kept | given
 
 def _new_config(out, resume, **given):
     "The config of a new run, or of the one to resume."
     from wsol_nb.learner import method_to_dict, read_config, write_json
     if resume: return read_config(out)
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
+    method = _make_method(given['method'], given['params'], seeds=given['seeds'], stage1=given['stage1'])
+    first, given = method.first_stage(), method.recipe | {k: v for k, v in given.items() if v is not None or k not in method.recipe}
     if given['epochs'] < 1: raise ValueError(f"epochs={given['epochs']}: expected at least 1")
     if given['select'] not in ('last', 'loc', 'cl'): raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
-    data = _source(given['data'], given['dataset']) | {k: given[k] for k in ('size', 'resize', 'seed', 'bs')}
+    if given['opt'] not in ('sgd', 'adam', 'adamw'): raise ValueError(f"opt={given['opt']!r}: expected sgd, adam or adamw")
+    data = _data(given['data'], given['dataset'], given['recipe'], first, **{k: given[k] for k in ('size', 'resize', 'seed', 'bs')})
     data['roles'] = dict(train='train', valid=given['valid'], tune=given['tune'], test='test')
     pretrained = {'true': True, 'yes': True, 'false': False, 'no': False}.get(str(given['pretrained']).lower(), given['pretrained'])
-    train = {k: given[k] for k in ('epochs', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')}
+    train = {k: given[k] for k in ('epochs', 'opt', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')}
     config = dict(schema=1, arch=given['arch'], stride=given['stride'] or None, pretrained=pretrained,
-                  method=method_to_dict(_make_method(given['method'], given['params'])), data=data, train=train)
+                  method=method_to_dict(method), data=data, train=train)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out)/'config.json', config)
     return config
@@ -93,24 +106,28 @@ def _finish(learn, train, out):
     save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)), **more)
     print(f'run: {out}')
 
-# %% ../nbs/92_cli.ipynb #29f0e123
+# %% ../nbs/92_cli.ipynb #fa7bc9b2
 @call_parse
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several
     out:str='runs/run', # run folder
-    arch:str='resnet50', # a timm CNN
+    arch:str=None, # a timm CNN; default resnet50, or that of the first stage
     method:str='gap', # how to train
     params:str=None, # hyper-parameters of the method: key=value,key=value
-    pretrained:str='true', # true (WSOL_WEIGHTS, then timm's hub), false, or a state-dict file
-    stride:int=16, # feature stride: 8, 16, 32; 0 is the architecture's own
-    epochs:int=10, # epochs
-    lr:float=.005, # learning rate of the body
-    lr_head:float=.05, # learning rate of the head
-    wd:float=1e-4, # weight decay
-    bs:int=32, # batch size
-    size:int=224, # side of the input and of the evaluation grid, pixels
-    resize:int=None, # side before the training crop; default 8/7 of size
+    seeds:str=None, # fcam, negev: localizer that seeds come from, e.g. gradcam; default the classifier's own class maps
+    stage1:str=None, # fcam, negev: run folder of the trained classifier, whose data are the default
+    pretrained:str=None, # true (WSOL_WEIGHTS, then timm's hub; the default), false, or a state-dict file
+    stride:int=None, # feature stride: 8, 16, 32; 0 is the architecture's own; default 16
+    epochs:int=None, # epochs; this and what follows: default the method's own
+    opt:str=None, # sgd, adam or adamw
+    lr:float=None, # learning rate of the body
+    lr_head:float=None, # learning rate of the head
+    wd:float=None, # weight decay
+    bs:int=None, # batch size
+    size:int=None, # side of the input and of the evaluation grid, pixels; default that of the first stage, or 224
+    resize:int=None, # side before the training crop
+    recipe:str=None, # how images are cropped and jittered: photo (default) or histology
     valid:str=None, # split that selects by class; default: val, else valcl
     tune:str=None, # split that selects and tunes τ by truth; default: valpx beside valcl, else as valid
     select:str='last', # epoch to keep: last, loc (B-LOC) or cl (B-CL)
@@ -317,53 +334,77 @@ def wsol_data(
     print(f'{len(problems)} problem{"s" if len(problems) != 1 else ""}' if len(problems) else 'no problem found')
     return problems
 
-# %% ../nbs/92_cli.ipynb #b74c0a02
+# %% ../nbs/92_cli.ipynb #6b54ec84
 DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3) # from scratch, a minute on a CPU core
+DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2), epochs=5, lr=3e-3) # chosen on the world's val split
 
-def _demo_table(trained, untrained):
-    "Trained beside untrained beside the centre box, as text."
-    before = {r.name: r.value for r in untrained.rows()}
-    cell = lambda v, f='.1f': format('' if v is None else format(v, f), '>12')
-    lines = [f'{"":<44}{"CAM":>12}{"τ":>12}{"untrained":>12}{"centre box":>12}']
-    for r in trained.rows(): lines.append(f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{cell(before.get(r.name))}{cell(r.centre)}')
-    return '\n'.join(lines)
-
-# %% ../nbs/92_cli.ipynb #66bc5579
-@call_parse
-def wsol_demo(
-    out:str='demo', # folder for the world, the run and the reports
-    epochs:int=None, # of training; default: the demo's own
-    n_train:int=None, n_test:int=None, # images; default: the world's own
-    seed:int=42, # of training
-):
-    "Write a synthetic world, train a CAM classifier from scratch, show where it looks."
-    import time
-    from wsol_nb.data.loaders import WSOLDataLoaders
-    from wsol_nb.learner import KeepBest, adamw, keep, load_run, save_run, score_run, wsol_learner
-    from wsol_nb.localize import evaluate, ledger_text
-    from wsol_nb.show import write_report
-    start, d, run = time.time(), DEMO | ({'epochs': epochs} if epochs else {}), Path(out)/'run'
-    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
-    dls = WSOLDataLoaders.from_synth(Path(out)/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
-    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes and masks')
-    learn = wsol_learner(dls, d['arch'], stride=d['stride'], opt_func=adamw, wd=.05, cbs=KeepBest(run), path=out)
-    untrained = evaluate(learn.localizer(), dls, 'test', tau_from=None, bootstrap=0, progress=False)
-    learn.fit_one_cycle(d['epochs'], d['lr'])
+def _demo_run(dls, run, epochs, lr, **kw):
+    "Train, save with the τ of the val boxes, score on test: the report and its localizer."
+    from wsol_nb.learner import KeepBest, keep, load_run, save_run, score_run, wsol_learner
+    from wsol_nb.localize import evaluate
+    learn = wsol_learner(dls, cbs=KeepBest(run), path=run, **kw)
+    learn.fit_one_cycle(epochs, lr)
     keep(learn, run)
     val = evaluate(learn.localizer(), dls, 'tune', progress=False)
     val.save(run/'report-val.json')
     save_run(learn, run, tau=_tau(val))
-    report, localizer = score_run(load_run(run, dls.device), dls, 'test', progress=False)
-    report.save(Path(out)/'report.json'); untrained.save(Path(out)/'report-untrained.json')
-    m, half = report.boxes['max_box_acc'], next(r.value for r in report.rows() if r.name.endswith('at τ=.5'))
-    learnt = m['0.3']['value'] > report.centre['max_box_acc']['0.3']['value'] + 10 and half < 60
-    lesson = 'Too little training for the lesson: CAM is not yet well above the centre box with a map on a part of the object.' if not learnt else (f"Trained on labels alone, CAM finds the objects, but it looks at the small part that tells the classes apart: where its map is above half its maximum, "
-              f"the box holds {half:.0f} % of the object, and even the best τ for IoU ≥ .5 leaves {100 - report.boxes['coverage']['value']:.0f} % of it outside. "
-              f"So MaxBoxAcc falls from {m['0.3']['value']:.0f} at δ .3 to {m['0.7']['value']:.0f} at δ .7.")
-    table = _demo_table(report, untrained)
-    page = write_report(Path(out)/'report.html', report, localizer, dls, 'wsol_nb demo: a CAM classifier on a synthetic world', before=[('What happened', lesson, f'<pre>{table}</pre>')])
-    print(f'{table}\n\n{ledger_text(report.ledger)}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run PHOTO')
-    return report
+    return score_run(load_run(run, dls.device), dls, 'test', progress=False)
+
+def _demo_table(cam, fcam, untrained):
+    "CAM beside F-CAM beside an untrained net beside the centre box, as text."
+    cell = lambda v, f='.1f': format('' if v is None else format(v, f), '>11')
+    others = [{r.name: r for r in o.rows()} for o in (fcam, untrained)]
+    lines = [f'{"":<42}' + ''.join(f'{h:>11}' for h in ('CAM', 'τ', 'F-CAM', 'τ', 'untrained', 'centre box'))]
+    for r in cam.rows():
+        f, u = (o.get(r.name) for o in others)
+        lines.append(f'{r.name:<42}{cell(r.value)}{cell(r.tau, ".3f")}{cell(f and f.value)}{cell(f and f.tau, ".3f")}{cell(u and u.value)}{cell(r.centre)}')
+    return '\n'.join(lines)
+
+def _demo_lesson(cam, fcam):
+    "What the figures say, in words."
+    m, f = (r.boxes['max_box_acc'] for r in (cam, fcam))
+    half, covered = (next(x.value for x in r.rows() if x.name.endswith('at τ=.5')) for r in (cam, fcam))
+    if m['0.3']['value'] < cam.centre['max_box_acc']['0.3']['value'] + 10 or half > 60:
+        return 'Too little training for the lesson: CAM is not yet well above the centre box with a map on a part of the object.'
+    first = (f"Trained on labels alone, CAM finds the objects (MaxBoxAcc {m['0.3']['value']:.0f} at δ .3), but it looks at the small part that tells the classes apart: "
+             f"where its map is above half its maximum, the box holds {half:.0f} % of the object. ")
+    gain = f['0.5']['value'] - m['0.5']['value']
+    return first + (f"F-CAM learns from ten pixels of that map on each side and from colours: its box at τ .5 holds {covered:.0f} %, and MaxBoxAcc at δ .5 "
+                    f"{'rises' if gain > 0 else 'does not rise'}, from {m['0.5']['value']:.0f} to {f['0.5']['value']:.0f}.")
+
+# %% ../nbs/92_cli.ipynb #4342d911
+@call_parse
+def wsol_demo(
+    out:str='demo', # folder for the world, the runs and the reports
+    epochs:int=None, # of each training; default: the demo's own
+    n_train:int=None, n_test:int=None, # images; default: the world's own
+    seed:int=42, # of training
+):
+    "Write a synthetic world, train a CAM classifier from scratch, then F-CAM on its maps, and show where they look."
+    import time
+    from wsol_nb.data.loaders import WSOLDataLoaders
+    from wsol_nb.fcam import FCAM
+    from wsol_nb.learner import adam, adamw, wsol_learner
+    from wsol_nb.localize import evaluate, ledger_text
+    from wsol_nb.show import contact_sheet, examples, write_report
+    start, out, d, f = time.time(), Path(out), DEMO, DEMO_FCAM
+    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
+    dls = WSOLDataLoaders.from_synth(out/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
+    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes and masks')
+    net = dict(arch=d['arch'], stride=d['stride'], opt_func=adamw, wd=.05)
+    untrained = evaluate(wsol_learner(dls, **net).localizer(), dls, 'test', tau_from=None, bootstrap=0, progress=False)
+    print('1 · CAM: a classifier from scratch')
+    cam, cam_maps = _demo_run(dls, out/'run', epochs or d['epochs'], d['lr'], **net)
+    print('2 · F-CAM: a decoder on the frozen classifier, from seeds in its maps')
+    flips = WSOLDataLoaders.from_metadata(out/'data', 'SYNTH', size=d['size'], resize=d['size'], bs=d['bs'], seed=seed)
+    fcam, maps = _demo_run(flips, out/'run-fcam', epochs or f['epochs'], f['lr'], method=FCAM(stage1=out/'run', **f['method']), opt_func=adam, wd=0.)
+    for name, r in (('', cam), ('-fcam', fcam), ('-untrained', untrained)): r.save(out/f'report{name}.json')
+    lesson, table, worst = _demo_lesson(cam, fcam), _demo_table(cam, fcam, untrained), cam.images.image_id[:12].tolist()
+    sheets = [contact_sheet(examples(loc, dls, r, 12, worst)) for loc, r in ((cam_maps, cam), (maps, fcam))]
+    page = write_report(out/'report.html', fcam, maps, dls, 'wsol_nb demo: CAM and F-CAM on a synthetic world',
+                        before=[('What happened', lesson, f'<pre>{table}</pre>'), ('Where CAM fails', sheets[0], 'F-CAM on the same images:', sheets[1])])
+    print(f'{table}\n\nF-CAM by source of τ and epoch:\n{ledger_text(fcam.ledger)}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run-fcam PHOTO')
+    return fcam
 
 # %% ../nbs/92_cli.ipynb #d7167796
 COMMANDS = dict(wsol_demo=wsol_demo, wsol_train=wsol_train, wsol_eval=wsol_eval, wsol_localize=wsol_localize, wsol_data=wsol_data)

@@ -76,7 +76,7 @@ def _choose_taps(classifier, side=64):
     kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and (i == 0 or t is not taps[i - 1])]
     return kept, [taps[i].shape[1] for i in kept]
 
-# %% ../nbs/61_fcam.ipynb #2e2a6ecd
+# %% ../nbs/61_fcam.ipynb #a46ccd0b
 class FullModel(nn.Module):
     "A classifier and a decoder on its feature maps. `forward` gives logits, in training a `Prediction`."
     def __init__(self,
@@ -87,7 +87,7 @@ class FullModel(nn.Module):
     ):
         super().__init__()
         if loss_stride not in (1, 2, 4): raise ValueError(f'loss_stride={loss_stride!r}: expected 1, 2 or 4')
-        if not hasattr(classifier.body, 'forward_intermediates'): raise ValueError(f'classifier: {type(classifier.body).__name__} gives no intermediate features (timm: forward_intermediates)')
+        if not hasattr(getattr(classifier, 'body', None), 'forward_intermediates'): raise TypeError(f'classifier: expected a WSOLModel on a timm CNN with forward_intermediates, got {type(classifier).__name__}')
         self.classifier, self.frozen, self.loss_stride = classifier, frozen, loss_stride
         self.kept, channels = _choose_taps(classifier)
         self.necked = not isinstance(classifier.neck, nn.Identity)
@@ -108,8 +108,7 @@ class FullModel(nn.Module):
             features, taps = c.body.forward_intermediates((x - c.mean)/c.std)
             features = c.neck(features)
             logits, maps = c.head(features)
-        taps = [taps[i] for i in self.kept] + [features]*self.necked
-        return logits, maps, self.decoder(taps)
+        return logits, maps, self.decoder([taps[i] for i in self.kept] + [features]*self.necked)
 
     def forward_maps(self, x): # logits (B,C), foreground probability (B,C,H,W), the same for each class
         "Class logits, and the map that does not ask for the class."
@@ -241,11 +240,11 @@ def static_seeds(learn, localizer, method)->LabelStore:
         store.save(ds.df.image_id[i], seeds[0])
     return store
 
-# %% ../nbs/61_fcam.ipynb #62f716a5
+# %% ../nbs/61_fcam.ipynb #2c8df7a7
 @dataclass
 class SeededMaps(Method):
     "What all methods share that train a decoder on seeds: a first stage, a sampler, a network. A method adds its loss terms."
-    seeds: str = 'cam' # localizer that seeds come from: a name or a class
+    seeds: str = 'headmaps' # localizer that seeds come from, a name or a class; the default is the classifier's own class maps, for GAP its CAM
     stage1: str = None # the trained classifier: a learner, a `Run`, or a run folder
     seeds_params: dict = field(default_factory=dict) # for the localizer
     n_fg: int = 10 # seeds of foreground, an image
@@ -274,6 +273,9 @@ class SeededMaps(Method):
             if self.classifier is None: self.classifier = read_config(self.stage1)['method']
         if self._first: self.classifier = method_to_dict(self._first.method)
 
+    @property
+    def selects(self): return ('loc',) if self.freeze else super().selects # a frozen classifier is as accurate in every epoch
+
     def first_stage(self):
         if self._first is None and self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
         if self._first is None: self._first = load_run(self.stage1)
@@ -285,7 +287,7 @@ class SeededMaps(Method):
     def begin(self, learn): unwrap(learn.model).classifier.load_state_dict(unwrap(self.first_stage().model).state_dict())
 
     def seeder(self, classifier)->Localizer:
-        "The localizer on the classifier; where CAM is what the head computes anyway, that."
+        "The localizer on the classifier; CAM is what a GAP head computes anyway."
         own = self.seeds == 'cam' and not self.seeds_params and type(classifier.head) in (Head, GAPHead)
         return HeadMaps(classifier) if own else find_localizer(self.seeds)(classifier, **self.seeds_params)
 

@@ -34,7 +34,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #9cf11ce8
+# %% ../nbs/22_learner.ipynb #1911e4ca
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
@@ -44,6 +44,9 @@ class Method:
 
     def __post_init__(self):
         if self.targets not in ('single', 'multi', 'bag'): raise ValueError(f'targets={self.targets!r}: expected single, multi or bag')
+
+    @property
+    def selects(self): return 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
 
     @property
     def multi_label(self): return self.targets == 'multi' # trains on several classes an image
@@ -409,7 +412,7 @@ def resume(
     learn.rows, cb.smooth = state['rows'], state['smooth']
     return learn.first_epoch
 
-# %% ../nbs/22_learner.ipynb #25bc4576
+# %% ../nbs/22_learner.ipynb #89fd18db
 class KeepBest(Callback):
     "Keeps the weights of the epochs that are best by truth (`loc`) and by accuracy (`cl`), the first of equal ones, in a run folder."
     order = Recorder.order + 2 # the row of the epoch is there
@@ -428,7 +431,7 @@ class KeepBest(Callback):
         row = self.learn.rows[-1]
         for name, columns in self.watched.items():
             column = next((c for c in columns if c in row), None)
-            if column is None or not row[column] > self.best.get(name, {}).get('value', -math.inf): continue
+            if name not in self.learn.method.selects or column is None or not row[column] > self.best.get(name, {}).get('value', -math.inf): continue
             self.best[name] = dict(epoch=row['epoch'], column=column, value=float(row[column]))
             save_weights(self.learn.model, self.path/f'select-{name}.safetensors')
         self.best |= dict(last=dict(epoch=row['epoch']), kept='last')

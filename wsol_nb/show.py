@@ -93,20 +93,23 @@ class Example:
         rgb = draw_boxes(rgb, self.true_boxes)
         return rgb if self.box is None else draw_boxes(rgb, self.box[None], BLUE)
 
-# %% ../nbs/13_show.ipynb #dc1cb3e0
+# %% ../nbs/13_show.ipynb #768c30bf
 def examples(
     localizer, # the one that was evaluated
     dls, # `WSOLDataLoaders`
     report:Report, # from `evaluate`, with its per-image table
     n:int=12, # how many
-    order:str='worst', # 'worst', 'best' or 'spread' (evenly over the ranking)
+    order='worst', # 'worst', 'best' or 'spread' (evenly over the ranking), or a list of image ids
 )->list: # of Example
     "Images of an evaluated split with their maps, and boxes at the τ of MaxBoxAcc of the middle δ, or outlines at the τ of the best Dice."
     table, part = report.images, dls.localizable(report.protocol['split'])
     if report.boxes or report.pixels: table = table[(table.iou if report.boxes else table.f1_pos).notna()]
-    if order not in ('worst', 'best', 'spread'): raise ValueError(f'order={order!r}: expected worst, best or spread')
-    if order == 'best': table = table[::-1]
-    if order == 'spread': table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int))]
+    if isinstance(order, str) and order not in ('worst', 'best', 'spread'): raise ValueError(f'order={order!r}: expected worst, best, spread or a list of image ids')
+    if not isinstance(order, str):
+        if lost := set(order) - set(table.image_id): raise ValueError(f'order: {sorted(lost)[0]!r} is no scored image of split {report.protocol["split"]!r}')
+        table = table.set_index('image_id', drop=False).loc[list(order)]
+    elif order == 'best': table = table[::-1]
+    elif order == 'spread': table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int))]
     tau = report.boxes['coverage']['tau'] if report.boxes else None
     outline = report.pixels['dice']['tau'] if report.pixels and not report.boxes else None
     out = []

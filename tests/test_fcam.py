@@ -1,0 +1,162 @@
+"""F-CAM and its pipeline: what notebook 61 cannot see."""
+import os
+
+import pytest
+import torch
+from test_cli import TINY, wsol
+from torch import nn
+
+from wsol_nb.bottomup import WILDCAT
+from wsol_nb.cam.gradient import GradCAM
+from wsol_nb.data.loaders import WSOLDataLoaders
+from wsol_nb.data.manifest import MapStore
+from wsol_nb.fcam import FCAM, DrawSeeds, FullMaps, FullModel, Prediction, seed_term, SumOfTerms
+from wsol_nb.learner import GAP, Checkpoint, adam, load_run, resume, save_run, wsol_learner
+from wsol_nb.models import wsol_model
+
+
+@pytest.fixture(scope='module')
+def dls(world): return WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, resize=64, bs=16)
+
+
+@pytest.fixture(scope='module')
+def stage1(dls, tmp_path_factory):
+    "A trained classifier with dropout, as a run folder."
+    path = tmp_path_factory.mktemp('stage1')
+    learn = wsol_learner(dls, 'resnet10t', WILDCAT(), stride=16, opt_func=adam, localization=False, path=path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    return save_run(learn, path/'run')
+
+
+def fit(dls, path, epochs=1, cbs=(), **kw):
+    learn = wsol_learner(dls, method=FCAM(**kw), opt_func=adam, wd=0., localization=False, cbs=[Checkpoint(path), *cbs], path=path)
+    resume(learn, path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
+    return learn
+
+
+def same_state(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_frozen_classifier_is_bit_identical(dls, stage1, tmp_path):
+    first = load_run(stage1)
+    first.model.head.insert = nn.Dropout(.5) # a module whose mode would show
+    learn = fit(dls, tmp_path, 2, stage1=stage1)
+    frozen = learn.model.classifier
+    del first.model.head.insert
+    assert same_state(frozen, first.model) and not any(p.requires_grad for p in frozen.parameters())
+    learn.model.train()
+    assert learn.model.decoder.training and not any(m.training for m in frozen.modules())
+    norms = [m for m in learn.model.decoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.num_batches_tracked == 6 for m in norms) # the decoder did learn: 2 epochs of 3 batches
+
+
+def test_joint_classifier_learns(dls, stage1, tmp_path):
+    learn = fit(dls, tmp_path, stage1=stage1, freeze=False)
+    assert not same_state(learn.model.classifier, load_run(stage1).model) and 'classes' in learn.rows[-1]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_mixed_precision_gives_no_nan(dls, stage1, dtype):
+    "The loss and its gradients in autocast, on real seeds; fp16 needs its scale, as under a GradScaler."
+    method = FCAM(stage1=stage1, size=.1)
+    model = method.model('resnet10t', dls.c, stride=16).train()
+    x, y = dls.one_batch()
+    with torch.autocast('cpu', dtype=dtype):
+        pred = model(x)
+        seeds = method.draw(method.seeder(model.classifier).raw(x, y), pred.full.shape[-2:], y)
+        loss = method.loss()(pred, y, x, seeds)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.decoder.parameters())
+
+
+def test_ignored_batch_is_zero(dls, stage1):
+    full = torch.randn(2, 2, 8, 8, requires_grad=True)
+    loss = SumOfTerms({'seeds': (1., seed_term)})(Prediction(None, None, full), torch.tensor([0, 1]), torch.rand(2, 3, 16, 16), torch.full((2, 8, 8), 255))
+    loss.backward()
+    assert loss == 0 and full.grad.abs().sum() == 0
+
+
+def test_interrupted_run_is_the_same_run(dls, stage1, tmp_path):
+    whole = fit(dls, tmp_path/'whole', 3, stage1=stage1, seeds='gradcam')
+    fit(dls, tmp_path/'parts', 1, stage1=stage1, seeds='gradcam')
+    parts = fit(dls, tmp_path/'parts', 3, stage1=stage1, seeds='gradcam')
+    assert same_state(whole.model, parts.model) and whole.rows == parts.rows
+
+
+def test_loads_without_the_first_stage(dls, stage1, tmp_path):
+    import shutil
+    copy = shutil.copytree(stage1, tmp_path/'stage1')
+    learn = fit(dls, tmp_path/'fcam', stage1=copy, seeds=GradCAM)
+    run = save_run(learn, tmp_path/'fcam')
+    shutil.rmtree(copy)
+    again = load_run(run)
+    x, _ = dls.valid.one_batch()
+    assert torch.equal(again.localizer()(x), learn.localizer()(x)) and again.method.seeds == 'gradcam' and again.method.classifier['name'] == 'WILDCAT'
+
+
+def test_own_maps_cost_no_second_pass(dls, tmp_path):
+    "Seeds of a GAP head's CAM come from the training pass; of any other localizer, from its own."
+    stage = wsol_learner(dls, 'resnet10t', GAP(), stride=16, opt_func=adam, localization=False, path=tmp_path)
+    passes = []
+    for seeds in ('cam', 'gradcam'):
+        learn = wsol_learner(dls, method=FCAM(stage1=stage, seeds=seeds), opt_func=adam, localization=False, path=tmp_path)
+        n = []
+        learn.model.classifier.head.register_forward_hook(lambda *a: n.append(1))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        passes.append(len(n))
+    assert passes[1] >= passes[0] + 3 # one more for each of three batches
+
+
+def test_stored_maps_are_used(dls, stage1, tmp_path):
+    "Maps from files: here a bright left half, so foreground seeds lie there only, after the image's own flip."
+    store, df = MapStore(tmp_path/'maps'), dls.info.manifest
+    half = torch.zeros(32, 32); half[:, :16] = 1
+    for i in df.image_id[df.split == 'train']: store.save(i, half)
+    with_maps = WSOLDataLoaders.from_manifest(df, size=64, resize=64, bs=16, maps=store)
+    seen = []
+
+    class Look(DrawSeeds):
+        order = 6
+        def before_fit(self): pass
+        def before_epoch(self): pass
+        def after_pred(self):
+            if self.training: seen.append(self.yb[2])
+        def after_loss(self): pass
+
+    fit(with_maps, tmp_path, stage1=stage1, erode=1, min_p=.4, cbs=[Look(None)])
+    for labels in torch.cat(seen):
+        fg, bg = ((labels == k).nonzero()[:, 1] for k in (1, 0))
+        assert len(fg) == len(bg) == 10 and (fg.max() < 17 and bg.min() > 14 or fg.min() > 14 and bg.max() < 17)
+
+
+@pytest.mark.parametrize('arch, stride', [('wsol_vgg16', 16), ('wsol_inception_v3', 16), ('convnext_atto', 16), ('densenet121', None)])
+def test_decoder_on_any_net(arch, stride):
+    net = FullModel(wsol_model(arch, 3, stride=stride, verbose=False))
+    x = torch.rand(2, 3, 75, 99)
+    pred = net(x)
+    assert pred.full.shape == (2, 2, 37, 49) and FullMaps(net)(x).shape == (2, 75, 99)
+    pred.full.sum().backward()
+    assert all(p.grad is not None for p in net.decoder.parameters()) and all(p.grad is None for p in net.classifier.parameters())
+
+
+def test_not_a_wsol_model():
+    with pytest.raises(TypeError, match='expected a WSOLModel on a timm CNN'): FullModel(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_command_line(world, tmp_path):
+    "Both stages from the shell, evaluated and applied to a photo; the first stage's data are the default."
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
+    wsol('train', '--data', world, '--out', tmp_path/'cam', '--epochs', 1, *TINY, env=env)
+    text = wsol('train', '--method', 'fcam', '--stage1', tmp_path/'cam', '--seeds', 'layercam', '--out', tmp_path/'fcam', '--epochs', 2, '--bs', 16, env=env)
+    assert 'seeds' in text and 'crf' in text and 'max_box_acc' in text
+    run = load_run(tmp_path/'fcam')
+    assert (run.config['arch'], run.config['data']['size'], run.config['data']['resize'], run.config['train']['opt'], run.method.seeds) == ('resnet10t', 64, 64, 'adam', 'layercam')
+    assert 'B-LOC' in (report := wsol('eval', tmp_path/'fcam', env=env)) and 'B-CL' not in report
+    photo = next((world).rglob('*.jpg'))
+    assert 'val boxes' in wsol('localize', tmp_path/'fcam', photo, '--out', tmp_path, env=env)
+    for args, message in ((('--method', 'fcam'), 'stage1: FCAM stands on a trained classifier'), (('--seeds', 'cam'), 'seeds: GAP has no such choice'),
+                          (('--method', 'fcam', '--stage1', tmp_path/'cam', '--arch', 'vgg11'), "arch='vgg11': the first stage has 'resnet10t'"),
+                          (('--method', 'fcam', '--stage1', tmp_path/'cam', '--seeds', 'gradcan'), "localizer 'gradcan': did you mean")):
+        assert message in wsol('train', *args, '--out', tmp_path/'bad', code=1, env=env)
