@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.run
 	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.run ## a synthetic world, a CAM classifier, a table and demo/report.html
+demo: $(VENV)/.run ## a synthetic world, a CAM classifier, F-CAM on it, a table and demo/report.html
 	@$(BIN)/wsol_demo
 
 test: check ## everything that CI runs

@@ -260,7 +260,7 @@ class SeededMaps(Method):
     loss_stride: int = 2 # side of the image over that of the trained map; 1: full resolution
     freeze: bool = True # the classifier stays as it is
     classifier: dict = None # the first stage's method; taken from `stage1`
-    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=8, lr=1e-3, lr_head=1e-3, wd=0., bs=25, resize='size') # flips only
+    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=8, lr=2e-3, lr_head=2e-3, wd=0., bs=25, resize='size') # flips only
 
     def __post_init__(self):
         super().__post_init__()
