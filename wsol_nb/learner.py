@@ -8,7 +8,7 @@ __all__ = ['sgd', 'adam', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_meth
            'run_config', 'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config',
            'Checkpoint', 'resume', 'KeepBest', 'keep', 'score_run', 'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #fb7d1930
+# %% ../nbs/22_learner.ipynb #c97d37a6
 import importlib, inspect, json, math, os, platform, subprocess
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -21,7 +21,7 @@ from fastcore.basics import listify
 from torch import nn
 
 import wsol_nb
-from .core import did_you_mean, set_seed
+from .core import did_you_mean, keep_memory, set_seed
 from .data.loaders import WSOLDataLoaders
 from .localize import HeadMaps, evaluate, unwrap
 from .models import wsol_model
@@ -219,7 +219,7 @@ def _of_first_stage(first, dls, arch, stride, pretrained):
     if list(first.config['class_ids']) != dls.class_ids.tolist(): raise ValueError(f"stage1: it was trained on {len(first.config['class_ids'])} classes ({first.config['class_names'][0]}, …), these data have {dls.c} ({dls.vocab[0]}, …)")
     return *own, False
 
-# %% ../nbs/22_learner.ipynb #8cc47279
+# %% ../nbs/22_learner.ipynb #c940694d
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str=None, # a timm CNN; None: that of the method's first stage
@@ -244,6 +244,7 @@ def wsol_learner(
     if first: arch, stride, pretrained = _of_first_stage(first, dls, arch, stride, pretrained)
     elif arch is None: raise ValueError(f'arch: {type(method).__name__} has no first stage, so expected a timm CNN such as resnet50')
     set_seed(dls.info.seed)
+    if torch.device(dls.device).type == 'cpu': keep_memory()
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
     added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization and not dls.info.multi_label else []) + method.callbacks()
     acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]
