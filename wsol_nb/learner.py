@@ -34,22 +34,19 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #1911e4ca
+# %% ../nbs/22_learner.ipynb #c98a9eaa
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
     targets: str = field(default='single', kw_only=True) # what labels say: single, multi or bag
     Head = GAPHead # class of the head; a field that is named like one of its parameters is handed to it
     recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10, lr=.005, lr_head=.05, wd=1e-4, bs=32, resize=None) # how `wsol_train` trains it, unless told otherwise
+    selects = 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
 
     def __post_init__(self):
         if self.targets not in ('single', 'multi', 'bag'): raise ValueError(f'targets={self.targets!r}: expected single, multi or bag')
 
-    @property
-    def selects(self): return 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
-
-    @property
-    def multi_label(self): return self.targets == 'multi' # trains on several classes an image
+    multi_label = property(lambda self: self.targets == 'multi') # trains on several classes an image
 
     def head(self):
         "Callable (in_features, n_classes) -> head."
