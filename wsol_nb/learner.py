@@ -87,7 +87,7 @@ class Method:
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
 
-# %% ../nbs/22_learner.ipynb #b0a96801
+# %% ../nbs/22_learner.ipynb #0db6e47c
 def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
@@ -98,7 +98,7 @@ def method_to_dict(
     except TypeError as e: raise TypeError(f'method: the fields of {type(method).__name__} must be numbers, strings, lists or None, to be saved by name ({e})') from None
     return dict(name=type(method).__name__, module=type(method).__module__, params=asdict(method))
 
-_HOMES = ('wsol_nb.bottomup', 'wsol_nb.fcam') # later modules in which methods are at home; imported when a method is looked up
+_HOMES = ('wsol_nb.bottomup', 'wsol_nb.fcam', 'wsol_nb.negev') # later modules in which methods are at home; imported when a method is looked up
 
 def find_method(
     name:str, # class name, any case, e.g. 'GAP' or 'gap'
