@@ -278,7 +278,7 @@ def _as_run(stage):
     if not isinstance(stage, WSOLLearner): raise TypeError(f'stage1: expected a learner, a Run or a run folder, got {type(stage).__name__}')
     return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
 
-# %% ../nbs/61_fcam.ipynb #d705a9a7
+# %% ../nbs/61_fcam.ipynb #065699e9
 @dataclass
 class SeededMaps(SecondStage):
     "What all methods share that train a decoder on seeds: a localizer, a sampler, a network. A method adds its loss terms."
@@ -295,7 +295,7 @@ class SeededMaps(SecondStage):
     static: bool = False # seeds are drawn once, not at each step
     widths: list = field(default_factory=lambda: [96, 64, 48, 32]) # of the decoder
     loss_stride: int = 2 # side of the image over that of the trained map; 1: full resolution
-    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=8, lr=2e-3, lr_head=2e-3, wd=0., bs=25, resize='size') # flips only
+    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=12, lr=2e-3, lr_head=2e-3, wd=0., bs=25, resize='size') # flips only
 
     def __post_init__(self):
         super().__post_init__()
