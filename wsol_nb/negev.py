@@ -33,7 +33,7 @@ class NegativeImages:
         labels = torch.where(self.is_negative(step.y), 0, 255)[:, None, None]
         return partial_cross_entropy(step.full, labels.expand(-1, *step.full.shape[-2:]))
 
-# %% ../nbs/62_negev.ipynb #9cb015ca
+# %% ../nbs/62_negev.ipynb #3c078df0
 @dataclass
 class NEGEV(SeededMaps):
     "NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, every pixel of those without."
@@ -41,7 +41,7 @@ class NEGEV(SeededMaps):
     dilate: int = 3
     lam: float = 1. # weight of the seeds
     negatives: bool = None # learn from fully negative images; None: where the data have a negative class
-    recipe = SeededMaps.recipe | dict(epochs=30, bs=16, resize=None)
+    recipe = SeededMaps.recipe | dict(epochs=20, bs=16, resize=None)
 
     def __post_init__(self):
         super().__post_init__()
