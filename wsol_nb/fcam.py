@@ -195,16 +195,17 @@ def shrink_labels(
     out[fg & ~bg], out[bg & ~fg] = 1, 0
     return out
 
-# %% ../nbs/61_fcam.ipynb #798ca329
+# %% ../nbs/61_fcam.ipynb #2eef5b42
 class DrawSeeds(Callback):
     "Gives the loss what it needs: seeds drawn from a localizer's maps of the true class, from stored maps, or stored labels."
-    order = 5
+    order, drawn = 5, False
     def __init__(self, method): self.method = method
 
     def before_fit(self):
         model = unwrap(self.learn.model)
         self.seeder, self.criterion = self.method.seeder(model.classifier), self.learn.loss_func
-        if self.method.static and self.dls.train.dataset.maps is None: self.dls.train.dataset.maps = static_seeds(self.learn, self.seeder, self.method)
+        self.drawn = self.method.static and self.dls.train.dataset.maps is None
+        if self.drawn: self.dls.train.dataset.maps = static_seeds(self.learn, self.seeder, self.method)
         own = [ValueMetric(lambda k=k: self.sums[k]/max(1, self.steps), k) for k in self.criterion.terms]
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.criterion.terms] + own
 
@@ -230,13 +231,16 @@ class DrawSeeds(Callback):
         for k, v in self.criterion.values.items(): self.sums[k] += v.item()
         self.steps += 1
 
-# %% ../nbs/61_fcam.ipynb #fd45c98e
+    def after_fit(self):
+        if self.drawn: self.dls.train.dataset.maps = None # the loaders are as they were
+
+# %% ../nbs/61_fcam.ipynb #ae2ca33d
 def static_seeds(learn, localizer, method)->LabelStore:
     "Seeds drawn once for each training image, kept in the run's folder; what is there already is not drawn again."
     ds = learn.dls.train.dataset
     store, whole = LabelStore(Path(learn.path)/'seeds'), WSOLDataset(ds.df, ds.info)
     size, device = [ds.info.size//unwrap(learn.model).loss_stride]*2, learn.dls.device
-    for i in progress_bar(range(len(whole)), display=len(whole) > 500):
+    for i in progress_bar(range(len(whole))) if len(whole) > 500 else range(len(whole)):
         if ds.df.image_id[i] in store: continue
         x, y = whole[i]
         y = y[None].to(device)
