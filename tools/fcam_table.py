@@ -52,7 +52,7 @@ def score(run, dls, key, command):
     for split in ('valid', 'test'):
         report = evaluate(run.localizer(), dls, split, tau_from='tune' if split == 'test' else None, bootstrap=0, progress=False)
         carried = {f'τ from val: {k}': round(v, 3) for row in report.ledger if row['tau'] == 'val' for k, v in row['scores'].items()}
-        yield key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | carried | {k: run.config['train'].get(k) for k in ('cpu_seconds', 'wall_seconds')} | \
+        yield key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | carried | {k: run.config.get('train', {}).get(k) for k in ('cpu_seconds', 'wall_seconds')} | \
             dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=command)
 
 
