@@ -22,7 +22,7 @@ root = Path(__file__).resolve().parent.parent
 WORLD = dict(crf=.5, sigma_xy=30., erode=1, min_p=.2) # chosen on val
 ABLATION = {'SR': dict(crf=0.), 'SR + ASC': dict(crf=0., size=.1), 'SR + CRF': {}, 'SR + CRF + ASC': dict(size=.1)}
 SWEEPS = ABLATION | {f'n={n}': dict(n_fg=n, n_bg=n) for n in (1, 3, 30, 100)} | {f'static, n={n}': dict(n_fg=n, n_bg=n, static=True) for n in (1, 10, 100)} | \
-    {f'λ={c:g}': dict(crf=c) for c in (.05, .15, 1.5, 5.)} | {f'seeds: {s}': dict(seeds=s) for s in ('gradcamplusplus', 'layercam')}
+    {f'λ={c:g}': dict(crf=c) for c in (.05, .15, 1.5, 5., 50.)} | {f'seeds: {s}': dict(seeds=s) for s in ('gradcamplusplus', 'layercam')}
 DATA = dict(
     world=dict(data=dict(size=112, bs=32), stage1=dict(arch='test_resnet', stride=8, opt_func=adamw, wd=.05), epochs1=15, lr1=(5e-3, 5e-3),
                epochs=5, lr=3e-3, base=WORLD, variants=SWEEPS, resize=112),
