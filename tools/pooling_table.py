@@ -19,7 +19,7 @@ from wsol_nb.bottomup import BOTTOM_UP
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.synth import ObjectsWorld
 from wsol_nb.data.tissue import TissueWorld
-from wsol_nb.learner import Checkpoint, adamw, hardware, load_run, resume, save_run, sgd, wsol_learner
+from wsol_nb.learner import Checkpoint, KeepBest, adam, adamw, hardware, keep, load_run, resume, save_run, sgd, wsol_learner
 from wsol_nb.localize import evaluate
 
 root = Path(__file__).resolve().parent.parent
@@ -38,16 +38,17 @@ def loaders(recipe, world, runs, seed):
     return WSOLDataLoaders.from_synth(runs/folder, kind(**world), seed=seed, world_kw=recipe.get('counts', {}) | dict(progress=False), **recipe['data'])
 
 
-def train(method, recipe, dls, path):
-    "Train what is left, and save the run with its recipe and the processor time it took."
-    opt = dict(adamw=adamw, sgd=sgd)[recipe['opt']]
+def train(method, recipe, dls, path, select=None):
+    "Train what is left, and save the run with its recipe and the processor time it took: the last epoch, or a selected one of those that are kept."
+    opt = dict(adam=adam, adamw=adamw, sgd=sgd)[recipe['opt']]
     learn = wsol_learner(dls, recipe['arch'], method, pretrained=recipe.get('pretrained', False), stride=recipe['stride'], opt_func=opt, wd=recipe['wd'],
-                         localization=False, cbs=[Checkpoint(path)], path=path, verbose=False)
+                         localization=bool(select), cbs=[Checkpoint(path)] + [KeepBest(path)]*bool(select), path=path, verbose=False)
     done, start = resume(learn, path), time.process_time()
     with learn.no_bar(), learn.no_logging():
         if done < recipe['epochs']: learn.fit_one_cycle(recipe['epochs'], slice(*recipe['lr']))
     left = recipe['epochs'] - done
     seconds = round((time.process_time() - start)*recipe['epochs']/left, 1) if left else None # of all epochs, by those of this process
+    if select: keep(learn, path, select)
     save_run(learn, path, train={k: v for k, v in recipe.items() if k not in ('data', 'kind', 'counts')} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
 
 

@@ -301,13 +301,14 @@ def _class_ids(text):
     try: return [int(i) for i in str(text).split(',')]
     except ValueError: raise ValueError(f'negative={text!r}: expected class ids, e.g. 0 or 0,3') from None
 
-# %% ../nbs/92_cli.ipynb #4899c35c
+# %% ../nbs/92_cli.ipynb #7fe3466c
 @call_parse
 def wsol_data(
     command:str, # synth (write a world) or check (a dataset)
     root:str, # folder to write to, or to check
     dataset:str=None, # the dataset to check, where the root has several
     n_train:int=None, n_val:int=None, n_test:int=None, # images of a world; default: its own
+    world:str='objects', # objects (creatures with an emblem) or tissue (stained glands, and images without any)
     seed:int=0, # of a world
     overwrite:bool=False, # replace another world
     images:bool=True, # check: decode every image
@@ -317,10 +318,12 @@ def wsol_data(
     "`wsol_data synth FOLDER` writes a synthetic world; `wsol_data check FOLDER` names everything wrong with a dataset."
     from wsol_nb.data.manifest import check_manifest, folder_manifest, read_metadata
     if command == 'synth':
-        from wsol_nb.data.synth import write_world
-        counts = {k: v for k, v in dict(n_train=n_train, n_val=n_val, n_test=n_test).items() if v is not None}
-        write_world(root=root, seed=seed, overwrite=overwrite, **counts)
-        df = read_metadata(root, 'SYNTH')
+        from wsol_nb.data.synth import ObjectsWorld, write_world
+        from wsol_nb.data.tissue import TissueWorld
+        counts, worlds = {k: v for k, v in dict(n_train=n_train, n_val=n_val, n_test=n_test).items() if v is not None}, dict(objects=ObjectsWorld, tissue=TissueWorld)
+        if world not in worlds: raise ValueError(f'world={world!r}: expected {" or ".join(worlds)}')
+        write_world(root=root, world=worlds[world](), seed=seed, overwrite=overwrite, **counts)
+        df = read_metadata(root, worlds[world].dataset)
     elif command == 'check':
         s = _source(root, dataset)
         negative = None if negative is None else _class_ids(negative)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'notebook_defaults', 'assert_same', 'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage',
-           'read_image', 'did_you_mean', 'env_folder']
+           'read_image', 'did_you_mean', 'env_folder', 'keep_memory']
 
-# %% ../nbs/00_core.ipynb #c03214f9
-import difflib, importlib.util, os, random, re
+# %% ../nbs/00_core.ipynb #65d64813
+import ctypes, difflib, importlib.util, os, random, re, sys
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,14 @@ def env_folder(
     if not value: return None
     if not Path(value).is_dir(): raise ValueError(f'{name}={value} is not a folder')
     return Path(value)
+
+# %% ../nbs/00_core.ipynb #e8b162e1
+def keep_memory()->bool: # whether there was anything to set
+    "Let this process keep the memory of freed tensors (glibc's mallopt); faster training on Linux CPUs. Its peak stays reserved until it ends."
+    if sys.platform != 'linux': return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    return hasattr(libc, 'mallopt') and bool(libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_threshold, 2**30))
 
 # %% ../nbs/00_core.ipynb #eab7f44f
 def _declare_torchvision_ops():

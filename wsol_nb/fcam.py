@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Decoder', 'Prediction', 'FullModel', 'FullMaps', 'Step', 'SumOfTerms', 'seed_term', 'class_term', 'CRFTerm',
-           'SizeTerm', 'shrink_labels', 'DrawSeeds', 'static_seeds', 'SeededMaps', 'FCAM']
+           'SizeTerm', 'shrink_labels', 'DrawSeeds', 'static_seeds', 'SecondStage', 'SeededMaps', 'FCAM']
 
 # %% ../nbs/61_fcam.ipynb #55974be8
 from collections.abc import Callable
@@ -154,7 +154,7 @@ class SumOfTerms(nn.Module):
     def activation(self, logits): return logits.softmax(1)
     def decodes(self, logits): return logits.argmax(1)
 
-# %% ../nbs/61_fcam.ipynb #a17f78b0
+# %% ../nbs/61_fcam.ipynb #a6066d85
 def seed_term(step):
     "Cross-entropy on the seeds."
     return partial_cross_entropy(step.full, step.seeds)
@@ -169,8 +169,12 @@ class CRFTerm:
     side: int
     sigma_rgb: float
     sigma_xy: float # in pixels of a 224x224 image
+    start: int = 0 # epochs before it counts
+    epoch: int = 0
+    def set_epoch(self, epoch): self.epoch = epoch
     def __call__(self, step):
         side = step.x.shape[-1]
+        if self.epoch < self.start: return 0*step.probs.sum()
         return DenseCRFLoss(self.sigma_rgb, self.sigma_xy*side/224, scale=min(1, self.side/side), form='potts', normalise='kernel')(step.x, step.probs)
 
 class SizeTerm:
@@ -240,12 +244,45 @@ def static_seeds(learn, localizer, method)->LabelStore:
         store.save(ds.df.image_id[i], seeds[0])
     return store
 
-# %% ../nbs/61_fcam.ipynb #2c8df7a7
+# %% ../nbs/61_fcam.ipynb #e81826ac
 @dataclass
-class SeededMaps(Method):
-    "What all methods share that train a decoder on seeds: a first stage, a sampler, a network. A method adds its loss terms."
+class SecondStage(Method):
+    "A method that stands on a trained classifier."
+    stage1: str = None # the classifier: a learner, a `Run`, or a run folder
+    freeze: bool = True # it stays as it is
+    classifier: dict = None # its method; taken from `stage1`
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.targets != 'single': raise ValueError(f'targets={self.targets!r}: {type(self).__name__} needs one class an image')
+        self._first = None
+        if isinstance(self.stage1, (str, Path)): self.stage1 = str(self.stage1)
+        elif self.stage1 is not None:
+            self._first = _as_run(self.stage1)
+            self.stage1, self.classifier = str(self._first.path), method_to_dict(self._first.method)
+        if self.stage1 and self.classifier is None: self.classifier = read_config(self.stage1)['method']
+
+    @property
+    def selects(self): return ('loc',) if self.freeze else Method.selects # a frozen classifier is as accurate in every epoch
+
+    def first_stage(self):
+        if self._first is None and self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
+        if self._first is None: self._first = load_run(self.stage1)
+        return self._first
+
+    def begin(self, learn): unwrap(learn.model).classifier.load_state_dict(unwrap(self.first_stage().model).state_dict())
+
+def _as_run(stage):
+    "A learner or a `Run` as a `Run`."
+    if isinstance(stage, Run): return stage
+    if not isinstance(stage, WSOLLearner): raise TypeError(f'stage1: expected a learner, a Run or a run folder, got {type(stage).__name__}')
+    return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
+
+# %% ../nbs/61_fcam.ipynb #065699e9
+@dataclass
+class SeededMaps(SecondStage):
+    "What all methods share that train a decoder on seeds: a localizer, a sampler, a network. A method adds its loss terms."
     seeds: str = 'headmaps' # localizer that seeds come from, a name or a class; the default is the classifier's own class maps, for GAP its CAM
-    stage1: str = None # the trained classifier: a learner, a `Run`, or a run folder
     seeds_params: dict = field(default_factory=dict) # for the localizer
     n_fg: int = 10 # seeds of foreground, an image
     n_bg: int = 10 # seeds of background
@@ -258,33 +295,15 @@ class SeededMaps(Method):
     static: bool = False # seeds are drawn once, not at each step
     widths: list = field(default_factory=lambda: [96, 64, 48, 32]) # of the decoder
     loss_stride: int = 2 # side of the image over that of the trained map; 1: full resolution
-    freeze: bool = True # the classifier stays as it is
-    classifier: dict = None # the first stage's method; taken from `stage1`
-    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=8, lr=2e-3, lr_head=2e-3, wd=0., bs=25, resize='size') # flips only
+    recipe = Method.recipe | dict(arch=None, stride=None, pretrained=False, opt='adam', epochs=12, lr=2e-3, lr_head=2e-3, wd=0., bs=25, resize='size') # flips only
 
     def __post_init__(self):
         super().__post_init__()
-        if self.targets != 'single': raise ValueError(f'targets={self.targets!r}: {type(self).__name__} needs one class an image')
+        if not isinstance(self.seeds, (str, type)): raise TypeError(f'seeds: expected the name or the class of a localizer (with seeds_params), got {type(self.seeds).__name__}')
         self.seeds = find_localizer(self.seeds.__name__ if isinstance(self.seeds, type) else self.seeds).__name__.lower()
-        self._first = None if self.stage1 is None or isinstance(self.stage1, (str, Path)) else _as_run(self.stage1)
-        if self._first: self.stage1 = str(self._first.path)
-        elif self.stage1 is not None:
-            self.stage1 = str(self.stage1)
-            if self.classifier is None: self.classifier = read_config(self.stage1)['method']
-        if self._first: self.classifier = method_to_dict(self._first.method)
-
-    @property
-    def selects(self): return ('loc',) if self.freeze else super().selects # a frozen classifier is as accurate in every epoch
-
-    def first_stage(self):
-        if self._first is None and self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
-        if self._first is None: self._first = load_run(self.stage1)
-        return self._first
 
     def model(self, arch, n_classes, **kw):
         return FullModel(method_from_dict(self.classifier).model(arch, n_classes, **kw), self.widths, self.freeze, self.loss_stride)
-
-    def begin(self, learn): unwrap(learn.model).classifier.load_state_dict(unwrap(self.first_stage().model).state_dict())
 
     def seeder(self, classifier)->Localizer:
         "The localizer on the classifier; CAM is what a GAP head computes anyway."
@@ -292,9 +311,9 @@ class SeededMaps(Method):
         return HeadMaps(classifier) if own else find_localizer(self.seeds)(classifier, **self.seeds_params)
 
     def draw(self, raw, size, y, generator=None):
-        "Seeds (B,*size) from raw maps."
-        maps = to_score_maps(raw, size, 'fcam')
-        return sample_seeds(maps, self.n_fg, self.n_bg, self.dilate, generator, fg=self.fg, bg=self.bg, erode=self.erode, top_p=self.top_p, min_p=self.min_p)
+        "Seeds (B,*size) from raw maps of classes y."
+        how = {k: getattr(self, k) for k in ('n_fg', 'n_bg', 'dilate', 'fg', 'bg', 'erode', 'top_p', 'min_p')}
+        return sample_seeds(to_score_maps(raw, size, 'fcam'), generator=generator, **how)
 
     def terms(self)->dict: # name -> (weight, term)
         "The terms of the loss."
@@ -302,16 +321,10 @@ class SeededMaps(Method):
 
     def loss(self): return SumOfTerms(self.terms())
     def callbacks(self): return [DrawSeeds(self)]
-    def param_groups(self, model): return [list(model.decoder.parameters())] if self.freeze else [list(model.classifier.parameters()), list(model.decoder.parameters())]
+    def param_groups(self, model): return [list(m.parameters()) for m in ([] if self.freeze else [model.classifier]) + [model.decoder]]
     def localizer(self, model): return FullMaps(model)
 
-def _as_run(stage):
-    "A learner or a `Run` as a `Run`."
-    if isinstance(stage, Run): return stage
-    if not isinstance(stage, WSOLLearner): raise TypeError(f'stage1: expected a learner, a Run or a run folder, got {type(stage).__name__}')
-    return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
-
-# %% ../nbs/61_fcam.ipynb #0fb35349
+# %% ../nbs/61_fcam.ipynb #4334ed64
 @dataclass
 class FCAM(SeededMaps):
     "F-CAM (Belharbi et al., WACV 2022): seeds, the dense CRF energy and a size barrier."
@@ -319,11 +332,12 @@ class FCAM(SeededMaps):
     crf_side: int = 28 # side of the grid on which it is computed, exactly
     sigma_rgb: float = 15. # of colours in 0 to 255
     sigma_xy: float = 100. # of positions, in pixels of a 224x224 image
+    crf_start: int = 1 # epochs on seeds alone, before the CRF joins
     size: float = 0. # weight of the size barrier
     t0: float = 1.
     mu: float = 1.01
     t_max: float = 10.
 
     def terms(self):
-        more = dict(crf=(self.crf, CRFTerm(self.crf_side, self.sigma_rgb, self.sigma_xy)), size=(self.size, SizeTerm(self.t0, self.mu, self.t_max)))
+        more = dict(crf=(self.crf, CRFTerm(self.crf_side, self.sigma_rgb, self.sigma_xy, self.crf_start)), size=(self.size, SizeTerm(self.t0, self.mu, self.t_max)))
         return super().terms() | {k: v for k, v in more.items() if v[0]}

@@ -8,7 +8,7 @@ __all__ = ['sgd', 'adam', 'adamw', 'Method', 'GAP', 'method_to_dict', 'find_meth
            'run_config', 'Run', 'save_run', 'write_history', 'read_config', 'load_run', 'loaders_from_config',
            'Checkpoint', 'resume', 'KeepBest', 'keep', 'score_run', 'LocalizationInterpretation']
 
-# %% ../nbs/22_learner.ipynb #fb7d1930
+# %% ../nbs/22_learner.ipynb #c97d37a6
 import importlib, inspect, json, math, os, platform, subprocess
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -21,7 +21,7 @@ from fastcore.basics import listify
 from torch import nn
 
 import wsol_nb
-from .core import did_you_mean, set_seed
+from .core import did_you_mean, keep_memory, set_seed
 from .data.loaders import WSOLDataLoaders
 from .localize import HeadMaps, evaluate, unwrap
 from .models import wsol_model
@@ -34,22 +34,19 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
-# %% ../nbs/22_learner.ipynb #1911e4ca
+# %% ../nbs/22_learner.ipynb #c98a9eaa
 @dataclass
 class Method:
     "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
     targets: str = field(default='single', kw_only=True) # what labels say: single, multi or bag
     Head = GAPHead # class of the head; a field that is named like one of its parameters is handed to it
     recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10, lr=.005, lr_head=.05, wd=1e-4, bs=32, resize=None) # how `wsol_train` trains it, unless told otherwise
+    selects = 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
 
     def __post_init__(self):
         if self.targets not in ('single', 'multi', 'bag'): raise ValueError(f'targets={self.targets!r}: expected single, multi or bag')
 
-    @property
-    def selects(self): return 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
-
-    @property
-    def multi_label(self): return self.targets == 'multi' # trains on several classes an image
+    multi_label = property(lambda self: self.targets == 'multi') # trains on several classes an image
 
     def head(self):
         "Callable (in_features, n_classes) -> head."
@@ -90,7 +87,7 @@ class Method:
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
 
-# %% ../nbs/22_learner.ipynb #b0a96801
+# %% ../nbs/22_learner.ipynb #0db6e47c
 def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
@@ -101,7 +98,7 @@ def method_to_dict(
     except TypeError as e: raise TypeError(f'method: the fields of {type(method).__name__} must be numbers, strings, lists or None, to be saved by name ({e})') from None
     return dict(name=type(method).__name__, module=type(method).__module__, params=asdict(method))
 
-_HOMES = ('wsol_nb.bottomup', 'wsol_nb.fcam') # later modules in which methods are at home; imported when a method is looked up
+_HOMES = ('wsol_nb.bottomup', 'wsol_nb.fcam', 'wsol_nb.negev') # later modules in which methods are at home; imported when a method is looked up
 
 def find_method(
     name:str, # class name, any case, e.g. 'GAP' or 'gap'
@@ -219,7 +216,7 @@ def _of_first_stage(first, dls, arch, stride, pretrained):
     if list(first.config['class_ids']) != dls.class_ids.tolist(): raise ValueError(f"stage1: it was trained on {len(first.config['class_ids'])} classes ({first.config['class_names'][0]}, …), these data have {dls.c} ({dls.vocab[0]}, …)")
     return *own, False
 
-# %% ../nbs/22_learner.ipynb #8cc47279
+# %% ../nbs/22_learner.ipynb #c940694d
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
     arch:str=None, # a timm CNN; None: that of the method's first stage
@@ -244,6 +241,7 @@ def wsol_learner(
     if first: arch, stride, pretrained = _of_first_stage(first, dls, arch, stride, pretrained)
     elif arch is None: raise ValueError(f'arch: {type(method).__name__} has no first stage, so expected a timm CNN such as resnet50')
     set_seed(dls.info.seed)
+    if torch.device(dls.device).type == 'cpu': keep_memory()
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
     added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization and not dls.info.multi_label else []) + method.callbacks()
     acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]

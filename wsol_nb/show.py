@@ -93,7 +93,7 @@ class Example:
         rgb = draw_boxes(rgb, self.true_boxes)
         return rgb if self.box is None else draw_boxes(rgb, self.box[None], BLUE)
 
-# %% ../nbs/13_show.ipynb #768c30bf
+# %% ../nbs/13_show.ipynb #a8c38019
 def examples(
     localizer, # the one that was evaluated
     dls, # `WSOLDataLoaders`
@@ -110,8 +110,7 @@ def examples(
         table = table.set_index('image_id', drop=False).loc[list(order)]
     elif order == 'best': table = table[::-1]
     elif order == 'spread': table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int))]
-    tau = report.boxes['coverage']['tau'] if report.boxes else None
-    outline = report.pixels['dice']['tau'] if report.pixels and not report.boxes else None
+    tau, outline = report.boxes['coverage']['tau'] if report.boxes else None, report.pixels['dice']['tau'] if report.pixels and not report.boxes else None
     out = []
     for r in table.head(n).itertuples():
         x, y = part.dataset[r.row]
