@@ -1,0 +1,51 @@
+"""What a coarse grid costs a perfect map: python tools/downscale_table.py GLAS/fold-0 [--split test] [--size 224]
+
+True masks on the evaluation grid are made z times smaller and blown up again, by each pair of interpolation modes, and scored
+as maps by PxAP. Needs WSOL_DATA and a data set with masks; its rows in nbs/downscale.csv are replaced.
+"""
+import argparse
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from pooling_table import write
+
+from wsol_nb.data.loaders import WSOLDataLoaders
+from wsol_nb.learner import hardware
+from wsol_nb.metrics.pixels import PxAP
+
+root = Path(__file__).resolve().parent.parent
+ZS, DOWN, UP = (2, 4, 8, 16, 32), ('area', 'nearest', 'nearest-exact', 'bilinear'), ('nearest', 'bilinear', 'bicubic')
+
+
+def resize(x, size, mode): return F.interpolate(x, size, mode=mode, align_corners=False if mode in ('bilinear', 'bicubic') else None)
+
+
+def pxap(masks, z, down, up):
+    "PxAP of masks (n,side,side), z times smaller and back."
+    truth, acc = (masks == 1).float()[:, None], PxAP()
+    maps = resize(resize(truth, masks.shape[-1]//z, down), masks.shape[-1], up).clamp(0, 1) # bicubic overshoots
+    for m, t in zip(maps[:, 0].numpy(), masks.numpy()): acc.update(m, t)
+    return acc.compute()['pxap']['value']
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('dataset')
+    p.add_argument('--split', default='test')
+    p.add_argument('--size', type=int, default=224)
+    a = p.parse_args()
+    part, csv, h = WSOLDataLoaders.from_metadata(dataset=a.dataset, size=a.size).localizable(a.split), root/'nbs/downscale.csv', hardware()
+    if not part.n_masked: p.error(f'{a.dataset} has no masks in split {a.split}')
+    masks, data = torch.stack([torch.as_tensor(part.mask(i)) for i in range(len(part))]), a.dataset.split('/')[0]
+    common = dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/downscale_table.py {a.dataset} --split {a.split} --size {a.size}')
+    rows = [r for r in pd.read_csv(csv).to_dict('records') if r['data'] != data] if csv.is_file() else []
+    for z, down, up in itertools.product(ZS, DOWN, UP):
+        rows.append(dict(data=data, n=len(part), size=a.size, z=z, down=down, up=up, PxAP=round(pxap(masks, z, down, up), 3)) | common)
+    write(rows, csv)
+    print(pd.DataFrame([r for r in rows if r['data'] == data]).pivot(index=['down', 'up'], columns='z', values='PxAP').round(1).to_string())
+
+
+if __name__ == '__main__': main()
