@@ -1,5 +1,6 @@
 """F-CAM and its pipeline: what notebook 61 cannot see."""
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.manifest import MapStore
 from wsol_nb.fcam import FCAM, DrawSeeds, FullMaps, FullModel, Prediction, seed_term, SumOfTerms
 from wsol_nb.learner import GAP, Checkpoint, adam, load_run, resume, save_run, wsol_learner
+from wsol_nb.localize import HeadMaps
 from wsol_nb.models import wsol_model
 
 
@@ -107,6 +109,21 @@ def test_own_maps_cost_no_second_pass(dls, tmp_path):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         passes.append(len(n))
     assert passes[1] >= passes[0] + 3 # one more for each of three batches
+
+
+class RightHalf(HeadMaps):
+    "Somebody's localizer that builds on the head's maps: its own are what seeds must come from."
+    def compute(self, x, target, create_graph):
+        logits, maps = super().compute(x, target, create_graph)
+        return logits, torch.zeros_like(maps).index_fill(-1, torch.arange(maps.shape[-1]//2, maps.shape[-1]), 1.)
+
+
+def test_maps_of_a_derived_localizer_are_its_own(dls, stage1):
+    method = FCAM(stage1, seeds=RightHalf)
+    model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
+    draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
+    raw = draw.raw(y)
+    assert type(draw.seeder) is RightHalf and raw.mean() == .5 and (raw[..., raw.shape[-1]//2:] == 1).all()
 
 
 def test_stored_maps_are_used(dls, stage1, tmp_path):

@@ -5,18 +5,15 @@ as maps by PxAP. Needs WSOL_DATA and a data set with masks; its rows in nbs/down
 """
 import argparse
 import itertools
-from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pooling_table import write
+from pooling_table import origin, root, write
 
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.learner import hardware
 from wsol_nb.metrics.pixels import PxAP
 
-root = Path(__file__).resolve().parent.parent
 ZS, DOWN, UP = (2, 4, 8, 16, 32), ('area', 'nearest', 'nearest-exact', 'bilinear'), ('nearest', 'bilinear', 'bicubic')
 
 
@@ -37,10 +34,10 @@ def main():
     p.add_argument('--split', default='test')
     p.add_argument('--size', type=int, default=224)
     a = p.parse_args()
-    part, csv, h = WSOLDataLoaders.from_metadata(dataset=a.dataset, size=a.size).localizable(a.split), root/'nbs/downscale.csv', hardware()
+    part, csv = WSOLDataLoaders.from_metadata(dataset=a.dataset, size=a.size).localizable(a.split), root/'nbs/downscale.csv'
     if not part.n_masked: p.error(f'{a.dataset} has no masks in split {a.split}')
     masks, data = torch.stack([torch.as_tensor(part.mask(i)) for i in range(len(part))]), a.dataset.split('/')[0]
-    common = dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/downscale_table.py {a.dataset} --split {a.split} --size {a.size}')
+    common = origin(f'python tools/downscale_table.py {a.dataset} --split {a.split} --size {a.size}')
     rows = [r for r in pd.read_csv(csv).to_dict('records') if r['data'] != data] if csv.is_file() else []
     for z, down, up in itertools.product(ZS, DOWN, UP):
         rows.append(dict(data=data, n=len(part), size=a.size, z=z, down=down, up=up, PxAP=round(pxap(masks, z, down, up), 3)) | common)

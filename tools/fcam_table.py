@@ -7,53 +7,31 @@ interrupted table goes on where it stopped. The last epoch is scored; nothing is
 """
 import argparse
 import itertools
-import time
 from pathlib import Path
 
 import pandas as pd
-from pooling_table import row_of, write
+from pooling_table import RECIPES, SYNTH, loaders, origin, root, row_of, train, write
 
-from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.fcam import FCAM
-from wsol_nb.learner import GAP, Checkpoint, adam, adamw, hardware, load_run, resume, save_run, sgd, wsol_learner
+from wsol_nb.learner import GAP, load_run
 from wsol_nb.localize import evaluate
 
-root = Path(__file__).resolve().parent.parent
 WORLD = dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, crf_start=0) # chosen on val; as published, the CRF counts from the first step
 ABLATION = {'SR': dict(crf=0.), 'SR + ASC': dict(crf=0., size=.1), 'SR + CRF': {}, 'SR + CRF + ASC': dict(size=.1)}
 SWEEPS = ABLATION | {'CRF from epoch 1': dict(crf_start=1)} | {f'n={n}': dict(n_fg=n, n_bg=n) for n in (1, 3, 30, 100)} | {f'static, n={n}': dict(n_fg=n, n_bg=n, static=True) for n in (1, 10, 100)} | \
     {f'λ={c:g}': dict(crf=c) for c in (.05, .15, 1.5, 5., 50.)} | {f'seeds: {s}': dict(seeds=s) for s in ('gradcamplusplus', 'layercam')}
+CAM = dict(world=SYNTH | dict(epochs=15), cub=RECIPES['cub']) # the first stage
 DATA = dict(
-    world=dict(data=dict(size=112, bs=32), stage1=dict(arch='test_resnet', stride=8, opt_func=adamw, wd=.05), epochs1=15, lr1=(5e-3, 5e-3),
-               epochs=5, lr=3e-3, base=WORLD, variants=SWEEPS, resize=112),
-    cub=dict(data=dict(dataset='CUB', size=224, bs=25), stage1=dict(arch='mobilenetv2_100', stride=16, opt_func=sgd, wd=1e-4, pretrained=True), epochs1=8, lr1=(.005, .05),
-             epochs=FCAM.recipe['epochs'], lr=FCAM.recipe['lr'], base={}, variants={s: dict(seeds=s) for s in ('cam', 'gradcamplusplus', 'layercam')}, resize=224))
-
-
-def loaders(d, runs, seed, **kw):
-    data = d['data'] | dict(seed=seed) | kw
-    return WSOLDataLoaders.from_metadata(**data) if 'dataset' in data else WSOLDataLoaders.from_synth(runs/'world', world_kw=dict(progress=False), **data)
-
-
-def train(path, dls, epochs, lr, **kw):
-    "Train what is left of a run and save it, with the seconds it took."
-    learn = wsol_learner(dls, localization=False, cbs=[Checkpoint(path)], path=path, verbose=False, **kw)
-    done, cpu, wall = resume(learn, path), time.process_time(), time.time()
-    with learn.no_bar(), learn.no_logging():
-        if done < epochs: learn.fit_one_cycle(epochs, lr)
-    share = epochs/(epochs - done) if done < epochs else None
-    took = {k: round(share*v, 1) if share else None for k, v in dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.time() - wall).items()}
-    return save_run(learn, path, train=dict(epochs=epochs) | took)
+    world=dict(variants=SWEEPS, base=WORLD, epochs=5, lr=3e-3),
+    cub=dict(variants={s: dict(seeds=s) for s in ('cam', 'gradcamplusplus', 'layercam')}, base={}, epochs=FCAM.recipe['epochs'], lr=FCAM.recipe['lr']))
 
 
 def score(run, dls, key, command):
     "A row for val and one for test."
-    h = hardware()
     for split in ('valid', 'test'):
         report = evaluate(run.localizer(), dls, split, tau_from='tune' if split == 'test' else None, bootstrap=0, progress=False)
         carried = {f'τ from val: {k}': round(v, 3) for row in report.ledger if row['tau'] == 'val' for k, v in row['scores'].items()}
-        yield key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | carried | {k: run.config.get('train', {}).get(k) for k in ('cpu_seconds', 'wall_seconds')} | \
-            dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=command)
+        yield key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | carried | {k: run.config.get('train', {}).get(k) for k in ('cpu_seconds', 'wall_seconds')} | origin(command)
 
 
 def show(rows):
@@ -72,7 +50,8 @@ def main():
     p.add_argument('--variants', nargs='+', help='default: all')
     p.add_argument('--runs', type=Path, default=root/'runs/fcam')
     a = p.parse_args()
-    d, csv = DATA[a.data], root/f'nbs/fcam_{a.data}.csv'
+    d, cam, csv = DATA[a.data], CAM[a.data], root/f'nbs/fcam_{a.data}.csv'
+    second = dict(arch=None, stride=None, opt='adam', wd=0., epochs=d['epochs'], lr=(d['lr'], d['lr']), data=cam['data'] | dict(resize=cam['data']['size'])) # flips only
     for v in a.variants or []:
         if v not in d['variants']: p.error(f'--variants {v}: there are {", ".join(d["variants"])}')
     rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
@@ -80,10 +59,9 @@ def main():
         key, first = dict(variant=name, seed=seed), a.runs/a.data/f'CAM-{seed}'
         if any(all(r[k] == v for k, v in key.items()) for r in rows): continue
         path = a.runs/a.data/f'{name}-{seed}'.replace(' ', '').replace(':', '')
-        if not (first/'model.safetensors').is_file(): train(first, loaders(d, a.runs, seed), d['epochs1'], slice(*d['lr1']), method=GAP(), **d['stage1'])
-        dls = loaders(d, a.runs, seed, resize=d['resize'])
-        if not (path/'model.safetensors').is_file():
-            train(path, dls, d['epochs'], d['lr'], method=FCAM(stage1=str(first), **d['base'] | d['variants'][name]), opt_func=adam, wd=0.)
+        if not (first/'model.safetensors').is_file(): train(GAP(), cam, loaders(cam, {}, a.runs, seed), first)
+        dls = loaders(second, {}, a.runs, seed)
+        if not (path/'model.safetensors').is_file(): train(FCAM(stage1=first, **d['base'] | d['variants'][name]), second, dls, path)
         new = list(score(load_run(path), dls, key, f'python tools/fcam_table.py {a.data} --seeds {seed} --variants {name!r}'))
         rows = (pd.read_csv(csv).to_dict('records') if csv.is_file() else []) + new # another process may have added some
         write(rows, csv)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pooling_table import RECIPES, loaders, root, row_of, train, write
+from pooling_table import RECIPES, loaders, origin, root, row_of, train, write
 
-from wsol_nb.learner import GAP, hardware, load_run
+from wsol_nb.learner import GAP, load_run
 from wsol_nb.localize import evaluate
 from wsol_nb.negev import NEGEV, QuietMaps, positives
 
@@ -76,11 +76,10 @@ def main():
     p.add_argument('--runs', type=Path, default=root/'runs/negev')
     a = p.parse_args()
     if a.stage1 and len(a.seeds) > 1: p.error('--stage1 is of one seed')
-    recipe, (first, second), h = CAM[a.data], SELECT[a.data], hardware()
+    recipe, (first, second) = CAM[a.data], SELECT[a.data]
     for seed in a.seeds:
-        table = Table(root/f'nbs/negev_{a.data}.csv', dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/negev_table.py {a.data} --seeds {seed}'))
-        new_loaders = lambda: loaders(recipe, dict(normal=True) if a.data == 'tissue' else {}, a.runs, seed)
-        dls, stage1 = new_loaders(), a.stage1 or a.runs/a.data/f'CAM-{seed}'
+        table = Table(root/f'nbs/negev_{a.data}.csv', origin(f'python tools/negev_table.py {a.data} --seeds {seed}'))
+        dls, stage1 = loaders(recipe, dict(normal=True) if a.data == 'tissue' else {}, a.runs, seed), a.stage1 or a.runs/a.data/f'CAM-{seed}'
         if not (stage1/'model.safetensors').is_file(): train(GAP(), recipe, dls, stage1, first)
         if not table.has(method='CAM', seed=seed):
             table.add(dls, stage1, at_each_epoch(stage1), method='CAM', seed=seed)
@@ -88,7 +87,7 @@ def main():
                 table.add(dls, stage1, at_each_epoch(stage1, lambda r: QuietMaps(r.model, negative)), method='quiet CAM', seed=seed)
         for name in DEFAULT[a.data] if a.variants is None else a.variants:
             if table.has(method=name, seed=seed): continue
-            path, dls = a.runs/a.data/f'{name}-{seed}', new_loaders() # static seeds stay with their loaders
+            path = a.runs/a.data/f'{name}-{seed}'
             if not (path/'model.safetensors').is_file(): train(NEGEV(stage1=stage1, **VARIANTS[name]), STAGE2[a.data], dls, path, second)
             table.add(dls, path, at_each_epoch(path, names=('loc', 'last')), method=name, seed=seed) # the classifier is the same in all epochs
     df = pd.DataFrame(table.rows)

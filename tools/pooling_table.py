@@ -19,7 +19,7 @@ from wsol_nb.bottomup import BOTTOM_UP
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.synth import ObjectsWorld
 from wsol_nb.data.tissue import TissueWorld
-from wsol_nb.learner import Checkpoint, KeepBest, adam, adamw, hardware, keep, load_run, resume, save_run, sgd, wsol_learner
+from wsol_nb.learner import OPTIMIZERS, Checkpoint, KeepBest, hardware, keep, load_run, resume, save_run, wsol_learner
 from wsol_nb.localize import evaluate
 
 root = Path(__file__).resolve().parent.parent
@@ -39,17 +39,17 @@ def loaders(recipe, world, runs, seed):
 
 
 def train(method, recipe, dls, path, select=None):
-    "Train what is left, and save the run with its recipe and the processor time it took: the last epoch, or a selected one of those that are kept."
-    opt = dict(adam=adam, adamw=adamw, sgd=sgd)[recipe['opt']]
-    learn = wsol_learner(dls, recipe['arch'], method, pretrained=recipe.get('pretrained', False), stride=recipe['stride'], opt_func=opt, wd=recipe['wd'],
+    "Train what is left, and save the run with its recipe and the time it took: the last epoch, or a selected one of those that are kept."
+    learn = wsol_learner(dls, recipe['arch'], method, pretrained=recipe.get('pretrained', False), stride=recipe['stride'], opt_func=OPTIMIZERS[recipe['opt']], wd=recipe['wd'],
                          localization=bool(select), cbs=[Checkpoint(path)] + [KeepBest(path)]*bool(select), path=path, verbose=False)
-    done, start = resume(learn, path), time.process_time()
+    done, cpu, wall = resume(learn, path), time.process_time(), time.time()
     with learn.no_bar(), learn.no_logging():
         if done < recipe['epochs']: learn.fit_one_cycle(recipe['epochs'], slice(*recipe['lr']))
     left = recipe['epochs'] - done
-    seconds = round((time.process_time() - start)*recipe['epochs']/left, 1) if left else None # of all epochs, by those of this process
+    took = dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.time() - wall)
+    took = {k: round(v*recipe['epochs']/left, 1) if left else None for k, v in took.items()} # of all epochs, by those of this process
     if select: keep(learn, path, select)
-    save_run(learn, path, train={k: v for k, v in recipe.items() if k not in ('data', 'kind', 'counts')} | dict(cpu_seconds=seconds, threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
+    save_run(learn, path, train={k: v for k, v in recipe.items() if k not in ('data', 'kind', 'counts')} | took | dict(threads=int(os.environ.get('OMP_NUM_THREADS', 0))))
 
 
 def row_of(report):
@@ -60,6 +60,12 @@ def row_of(report):
         row |= {name: r.value, f'τ of {name}': r.tau, f'centre: {name}': r.centre}
     if report.pixels: row |= {f'all ones: {k}': report.pixels['all_ones'][v] for k, v in (('PxAP', 'pxap'), ('F1+', 'f1_pos'), ('F1−', 'f1_neg'))}
     return {k: round(v, 3) for k, v in row.items() if v is not None}
+
+
+def origin(command):
+    "Where a row comes from."
+    h = hardware()
+    return dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=command)
 
 
 def cost(run):
@@ -104,11 +110,11 @@ def main():
             if any(map(is_ours, rows)) and not a.again: continue
             path = a.runs/a.data/'-'.join([name, str(seed), *map(str, world.values())])
             if not (path/'model.safetensors').is_file(): train(methods[name](), recipe, dls, path)
-            run, h, new = load_run(path), hardware(), []
+            run, new = load_run(path), []
             for split in ('valid', 'test'):
                 report = evaluate(run.localizer(), dls, split, tau_from=None, progress=False)
                 new.append(key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | cost(run)
-                           | dict(hardware=f"{h['cpu']}, {h['cores']} cores", command=f'python tools/pooling_table.py {a.data} --seeds {seed}'))
+                           | origin(f'python tools/pooling_table.py {a.data} --seeds {seed}'))
             rows = [r for r in rows if not is_ours(r)] + new
             write(rows, csv)
             print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]} s of CPU to train', flush=True)

@@ -37,13 +37,13 @@ def _source(data, dataset):
     if not dataset and len(known) > 1: raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
-# %% ../nbs/92_cli.ipynb #42b7ae50
+# %% ../nbs/92_cli.ipynb #f1ec0edc
 def _learner(config, out):
     "Loaders and learner of a run's config."
-    from wsol_nb.learner import Checkpoint, KeepBest, adam, adamw, loaders_from_config, method_from_dict, sgd, wsol_learner
+    from wsol_nb.learner import OPTIMIZERS, Checkpoint, KeepBest, loaders_from_config, method_from_dict, wsol_learner
     t = config['train']
     dls = loaders_from_config(config['data'] | dict(check=t['check'], skip_bad=t['skip_bad'], num_workers=t['workers']))
-    method, opt = method_from_dict(config['method']), dict(sgd=sgd, adam=adam, adamw=adamw)[t.get('opt', 'sgd')]
+    method, opt = method_from_dict(config['method']), OPTIMIZERS[t.get('opt', 'sgd')]
     return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], opt_func=opt, wd=t['wd'], path=out, cbs=[Checkpoint(out), KeepBest(out)])
 
 def _data(data, dataset, recipe, first, **given):
@@ -57,14 +57,14 @@ def _data(data, dataset, recipe, first, **given):
 
 def _new_config(out, resume, **given):
     "The config of a new run, or of the one to resume."
-    from wsol_nb.learner import method_to_dict, read_config, write_json
+    from wsol_nb.learner import OPTIMIZERS, method_to_dict, read_config, write_json
     if resume: return read_config(out)
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
     method = _make_method(given['method'], given['params'], seeds=given['seeds'], stage1=given['stage1'])
     first, given = method.first_stage(), method.recipe | {k: v for k, v in given.items() if v is not None or k not in method.recipe}
     if given['epochs'] < 1: raise ValueError(f"epochs={given['epochs']}: expected at least 1")
     if given['select'] not in ('last', 'loc', 'cl'): raise ValueError(f"select={given['select']!r}: expected last, loc or cl")
-    if given['opt'] not in ('sgd', 'adam', 'adamw'): raise ValueError(f"opt={given['opt']!r}: expected sgd, adam or adamw")
+    if given['opt'] not in OPTIMIZERS: raise ValueError(f"opt={given['opt']!r}: expected sgd, adam or adamw")
     data = _data(given['data'], given['dataset'], given['recipe'], first, **{k: given[k] for k in ('size', 'resize', 'seed', 'bs')})
     data['roles'] = dict(train='train', valid=given['valid'], tune=given['tune'], test='test')
     pretrained = {'true': True, 'yes': True, 'false': False, 'no': False}.get(str(given['pretrained']).lower(), given['pretrained'])

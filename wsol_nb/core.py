@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'notebook_defaults', 'assert_same', 'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage',
-           'read_image', 'did_you_mean', 'env_folder', 'keep_memory']
+           'read_image', 'did_you_mean', 'env_folder', 'find_subclass', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #65d64813
 import ctypes, difflib, importlib.util, os, random, re, sys
@@ -138,6 +138,21 @@ def env_folder(
     if not value: return None
     if not Path(value).is_dir(): raise ValueError(f'{name}={value} is not a folder')
     return Path(value)
+
+# %% ../nbs/00_core.ipynb #a0031cbf
+def find_subclass(
+    base:type, # what it is a subclass of
+    name:str, # class name, any case
+    homes=(), # modules to import before looking
+    title:str='name', # how the message begins
+)->type:
+    "A subclass of `base` by name, or a ValueError that offers the nearest ones."
+    for m in homes: importlib.import_module(m)
+    def below(c): return [s for k in c.__subclasses__() for s in (k, *below(k))]
+    known = {c.__name__: c for c in below(base)}
+    found = next((c for n, c in known.items() if n.lower() == name.lower()), None)
+    if found is None: raise ValueError(f'{title}: {did_you_mean(name, known)} (one of your own must be imported first)')
+    return found
 
 # %% ../nbs/00_core.ipynb #e8b162e1
 def keep_memory()->bool: # whether there was anything to set

@@ -6,13 +6,11 @@
 __all__ = ['Decoder', 'Prediction', 'FullModel', 'FullMaps', 'Step', 'SumOfTerms', 'seed_term', 'class_term', 'CRFTerm',
            'SizeTerm', 'shrink_labels', 'DrawSeeds', 'static_seeds', 'SecondStage', 'SeededMaps', 'FCAM']
 
-# %% ../nbs/61_fcam.ipynb #55974be8
-from collections.abc import Callable
+# %% ../nbs/61_fcam.ipynb #0df54977
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,15 +18,15 @@ from torch import nn
 from .data.loaders import WSOLDataset
 from .data.manifest import LabelStore
 from .learner import Method, Run, WSOLLearner, load_run, method_from_dict, method_to_dict, read_config, run_config
-from .localize import HeadMaps, Localizer, find_localizer, to_score_maps, unwrap
+from .localize import HeadMaps, Localizer, find_localizer, model_intact, to_score_maps, unwrap
 from .losses.constraints import AbsoluteSizeBarrier
 from .losses.crf import DenseCRFLoss
 from .losses.partial import partial_cross_entropy
 from .models import Head, WSOLModel
 from .pooling import GAPHead
-from .seeds import sample_seeds
+from .seeds import merge_seeds, sample_seeds
 from fastai.callback.core import Callback # after wsol_nb.core, see its end
-from fastai.learner import Recorder, ValueMetric
+from fastai.learner import ValueMetric
 from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/61_fcam.ipynb #d952ff2f
@@ -59,7 +57,7 @@ class Decoder(nn.Module):
         for up, skip in zip(self.ups, taps[-2::-1]): x = up(x, skip)
         return self.head(x)
 
-# %% ../nbs/61_fcam.ipynb #0e10b631
+# %% ../nbs/61_fcam.ipynb #33293934
 class Prediction(NamedTuple):
     "What a `FullModel` answers in training."
     logits: torch.Tensor # (B,C)
@@ -68,15 +66,13 @@ class Prediction(NamedTuple):
 
 def _choose_taps(classifier, side=64):
     "Which intermediate features a decoder gets: those of a new layer, coarser than the image. Their indices, and the number of channels of each."
-    p, training = next(classifier.parameters()), classifier.training
+    p = next(classifier.parameters())
     x = torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
-    try:
-        with torch.no_grad(): _, taps = classifier.eval().body.forward_intermediates(x)
-    finally: classifier.train(training)
+    with model_intact(classifier), torch.no_grad(): _, taps = classifier.intermediates(x)
     kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and (i == 0 or t is not taps[i - 1])]
     return kept, [taps[i].shape[1] for i in kept]
 
-# %% ../nbs/61_fcam.ipynb #a46ccd0b
+# %% ../nbs/61_fcam.ipynb #e5564df0
 class FullModel(nn.Module):
     "A classifier and a decoder on its feature maps. `forward` gives logits, in training a `Prediction`."
     def __init__(self,
@@ -105,8 +101,7 @@ class FullModel(nn.Module):
         "Everything that one pass gives."
         c = self.classifier
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen and self.training)):
-            features, taps = c.body.forward_intermediates((x - c.mean)/c.std)
-            features = c.neck(features)
+            features, taps = c.intermediates(x)
             logits, maps = c.head(features)
         return logits, maps, self.decoder([taps[i] for i in self.kept] + [features]*self.necked)
 
@@ -183,7 +178,7 @@ class SizeTerm:
     def set_epoch(self, epoch): self.loss.step(epoch)
     def __call__(self, step): return self.loss(step.probs)
 
-# %% ../nbs/61_fcam.ipynb #4515994d
+# %% ../nbs/61_fcam.ipynb #046d20a3
 def shrink_labels(
     labels:torch.Tensor, # (B,H,W) int64: 0, 1, 255
     size, # (h,w)
@@ -191,11 +186,9 @@ def shrink_labels(
     "Labels on a coarser grid: a cell has the label that is in it; where both are, it is ignored."
     if tuple(labels.shape[-2:]) == tuple(size): return labels
     fg, bg = (F.adaptive_max_pool2d((labels == k).float()[:, None], tuple(size))[:, 0] > 0 for k in (1, 0))
-    out = torch.full_like(fg, 255, dtype=torch.int64)
-    out[fg & ~bg], out[bg & ~fg] = 1, 0
-    return out
+    return merge_seeds(fg, bg)
 
-# %% ../nbs/61_fcam.ipynb #2eef5b42
+# %% ../nbs/61_fcam.ipynb #140e01f1
 class DrawSeeds(Callback):
     "Gives the loss what it needs: seeds drawn from a localizer's maps of the true class, from stored maps, or stored labels."
     order, drawn = 5, False
@@ -223,7 +216,7 @@ class DrawSeeds(Callback):
 
     def raw(self, y):
         "The localizer's maps; a frozen classifier's own are there already."
-        if isinstance(self.seeder, HeadMaps) and self.method.freeze: return self.pred.maps[torch.arange(len(y), device=y.device), y].detach()
+        if type(self.seeder) is HeadMaps and self.method.freeze: return self.pred.maps[torch.arange(len(y), device=y.device), y].detach()
         return self.seeder.raw(self.x, y)
 
     def after_loss(self):
@@ -248,7 +241,7 @@ def static_seeds(learn, localizer, method)->LabelStore:
         store.save(ds.df.image_id[i], seeds[0])
     return store
 
-# %% ../nbs/61_fcam.ipynb #e81826ac
+# %% ../nbs/61_fcam.ipynb #88defdf8
 @dataclass
 class SecondStage(Method):
     "A method that stands on a trained classifier."
@@ -270,7 +263,7 @@ class SecondStage(Method):
     def selects(self): return ('loc',) if self.freeze else Method.selects # a frozen classifier is as accurate in every epoch
 
     def first_stage(self):
-        if self._first is None and self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
+        if self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
         if self._first is None: self._first = load_run(self.stage1)
         return self._first
 

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'Target', 'check_preset', 'to_score_maps', 'reference_scor
            'HeadMaps', 'find_localizer', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report',
            'make_report', 'evaluate']
 
-# %% ../nbs/12_localize.ipynb #9c360221
-import html, importlib, json, time
+# %% ../nbs/12_localize.ipynb #e7f169f8
+import html, json, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from .core import check_boxes, did_you_mean, minmax
+from .core import check_boxes, find_subclass, minmax
 from .metrics.boxes import BoxAcc, BoxRules, box_overlaps, centre_map, level_boxes, one_box
 from .metrics.pixels import PxAP
 
@@ -206,19 +206,14 @@ class HeadMaps(Localizer):
         at = torch.arange(len(x), device=x.device)
         return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
 
-# %% ../nbs/12_localize.ipynb #84d82e48
+# %% ../nbs/12_localize.ipynb #cce6d2da
 _LOCALIZERS = ('wsol_nb.cam.gradient', 'wsol_nb.cam.score', 'wsol_nb.cam.excitation') # later modules in which localizers are at home
 
 def find_localizer(
     name:str, # class name, any case, e.g. 'GradCAM' or 'gradcam'
 )->type:
     "A `Localizer` subclass by name."
-    for m in _LOCALIZERS: importlib.import_module(m)
-    def below(c): return [c] + [s for k in c.__subclasses__() for s in below(k)]
-    known = {c.__name__: c for c in below(Localizer)[1:]}
-    found = next((c for n, c in known.items() if n.lower() == str(name).lower()), None)
-    if found is None: raise ValueError(f'localizer {name!r}: {did_you_mean(name, known)} (one of your own must be imported first)')
-    return found
+    return find_subclass(Localizer, name, _LOCALIZERS, f'localizer {name!r}')
 
 # %% ../nbs/12_localize.ipynb #621abeef
 class BoxLocalizer(Localizer):

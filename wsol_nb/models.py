@@ -180,7 +180,7 @@ def load_body(
     body.load_state_dict(own | {k: v for k, v in state.items() if k in own})
     return left
 
-# %% ../nbs/20_models.ipynb #78ba14ab
+# %% ../nbs/20_models.ipynb #779d8a31
 class WSOLModel(nn.Module):
     "A body and a head: `forward` gives logits, `forward_maps` logits and class maps. Takes images in [0,1]."
     def __init__(self, body:nn.Module, head:nn.Module, mean=(.485, .456, .406), std=(.229, .224, .225), neck:nn.Module=None):
@@ -192,6 +192,11 @@ class WSOLModel(nn.Module):
     def features(self, x)->torch.Tensor: # (B,K,h,w)
         "The last feature maps of images in [0,1]."
         return self.neck(self.body.forward_features((x - self.mean)/self.std))
+
+    def intermediates(self, x): # (B,K,h,w), and a list from fine to coarse
+        "The last feature maps, and those of each stage on the way."
+        features, stages = self.body.forward_intermediates((x - self.mean)/self.std)
+        return self.neck(features), stages
 
     def forward_maps(self, x): # logits (B,C), maps (B,C,h,w)
         "Logits and class maps."
