@@ -16,7 +16,7 @@ from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, localize_all
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from wsol_nb.fcam import FullModel
-from wsol_nb.localize import HeadMaps, Localizer, to_score_maps
+from wsol_nb.localize import HeadMaps, Localizer, Mirrored, to_score_maps
 from wsol_nb.models import wsol_model
 from wsol_nb.pooling import HEADS
 import timm # after wsol_nb.core, see its end
@@ -55,7 +55,7 @@ GRADIENT = (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, SmoothGradCAMPlusPlus, XGra
 LOCALIZERS = {c.__name__: c for c in (HeadMaps, *GRADIENT)} | dict(SmoothGradCAMPlusPlus=lambda m, layer=None: SmoothGradCAMPlusPlus(m, layer, n=2))
 SCORE = dict(ScoreCAM=dict(channels=8), SSCAM=dict(channels=4, n=2, std=.5), ISCAM=dict(channels=4, n=2), AblationCAM=dict(channels=8)) # small budgets
 LOCALIZERS |= {c.__name__: (lambda m, layer=None, c=c: c(m, layer, bs=6, **SCORE[c.__name__])) for c in (ScoreCAM, SSCAM, ISCAM, AblationCAM)}
-LOCALIZERS |= dict(ExcitationBackprop=ExcitationBackprop, Contrastive=lambda m, layer=None: ExcitationBackprop(m, layer, contrastive=True), FeedbackCAM=lambda m: FeedbackCAM(m, steps=2))
+LOCALIZERS |= dict(Mirrored=lambda m, layer=None: Mirrored(m, GradCAM, layer=layer), ExcitationBackprop=ExcitationBackprop, Contrastive=lambda m, layer=None: ExcitationBackprop(m, layer, contrastive=True), FeedbackCAM=lambda m: FeedbackCAM(m, steps=2))
 CLASS_FREE = {'EigenCAM', 'DeepMILHead', 'FullModel'} # the same map whatever the class
 UNSUPPORTED = {('HeadMaps', 'Sequential'): (TypeError, 'no forward_maps')} | {('HeadMaps', a): (TypeError, 'no forward_maps') for a in TEN}
 UNSUPPORTED |= {('CAM', a): (ValueError, 'are no linear layer of the average of') for a in ('vgg16', 'convnext_tiny', 'ghostnet_100')}
@@ -69,7 +69,7 @@ HEAD_NETS = {f'{h}-{a}': (lambda h=h, a=a: wsol_model(a, 5, stride=16, head=HEAD
 HEAD_NETS |= {f'FullModel-{a}': (lambda a=a: FullModel(wsol_model(a, 5, stride=16, verbose=False), frozen=False)) for a in ('resnet10t', 'mobilenetv2_035')}
 PAIRS = [(l, n) for l in LOCALIZERS for n in SMALL[l] if (l, n) not in UNSUPPORTED] + [('HeadMaps', n) for n in HEAD_NETS] # a head's maps do not depend on who else reads the net
 TOP_DOWN = [l for l in LOCALIZERS if l != 'HeadMaps'] # apply to other people's nets
-LAYERED = [l for l in TOP_DOWN if l != 'FeedbackCAM'] # and take a layer
+LAYERED = [l for l in TOP_DOWN if l not in ('FeedbackCAM', 'Mirrored')] # and take a layer of their own
 one_net = pytest.mark.parametrize('pair', [(l, 'resnet10t') for l in LOCALIZERS], ids=lambda p: p[0])
 layered = pytest.mark.parametrize('name', LAYERED)
 _nets = {}
@@ -299,7 +299,7 @@ def test_ten_architectures(name, arch):
     assert maps.shape == (2, *x.shape[-2:]) and maps.dtype == torch.float32 and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
     assert min(raw.shape[1:]) >= 4 and raw.isfinite().all()
     assert raw[0].std() > 0 or (name, arch) in EMPTY
-    assert name == 'FeedbackCAM' or l.layers[0] in repr(l)
+    assert name not in LAYERED or l.layers[0] in repr(l)
     same(l(x[1:], 4)[0], maps[1], .1 if name in ROUGH else 5e-3) # batch independence
     equal(before, state_of(model))
 

@@ -13,7 +13,7 @@ from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.manifest import MapStore
 from wsol_nb.fcam import FCAM, DrawSeeds, FullMaps, FullModel, Prediction, seed_term, SumOfTerms
 from wsol_nb.learner import GAP, Checkpoint, adam, load_run, resume, save_run, wsol_learner
-from wsol_nb.localize import HeadMaps
+from wsol_nb.localize import HeadMaps, Mirrored, find_localizer
 from wsol_nb.models import wsol_model
 
 
@@ -119,11 +119,24 @@ class RightHalf(HeadMaps):
 
 
 def test_maps_of_a_derived_localizer_are_its_own(dls, stage1):
-    method = FCAM(stage1, seeds=RightHalf)
+    method = FCAM(stage1, seeds=RightHalf, mirror=False)
     model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
     draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
     raw = draw.raw(y)
     assert type(draw.seeder) is RightHalf and raw.mean() == .5 and (raw[..., raw.shape[-1]//2:] == 1).all()
+
+
+@pytest.mark.parametrize('seeds', ['headmaps', 'gradcam', RightHalf])
+def test_mirrored_seeds(dls, stage1, seeds):
+    "The mean of an image's map and its mirror image's, though the first is there already where the map is the head's own."
+    method = FCAM(stage1, seeds=seeds)
+    model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
+    draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
+    one = find_localizer(method.seeds)(model.classifier)
+    assert type(draw.seeder) is Mirrored and torch.allclose(draw.raw(y), (one.raw(x, y) + one.raw(x.flip(-1), y).flip(-1))/2, atol=1e-5)
+    draw.learn.x, mirror = x.flip(-1), draw.raw(y)
+    draw.learn.pred = model(x.flip(-1))
+    assert torch.allclose(draw.raw(y).flip(-1), mirror, atol=1e-5)
 
 
 def test_stored_maps_are_used(dls, stage1, tmp_path):

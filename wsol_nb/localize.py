@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Target', 'check_preset', 'to_score_maps', 'reference_score_map', 'unwrap', 'model_intact', 'Localizer',
-           'HeadMaps', 'find_localizer', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text', 'Row', 'Report',
-           'make_report', 'evaluate']
+           'HeadMaps', 'find_localizer', 'Mirrored', 'BoxLocalizer', 'Scorer', 'supervision_ledger', 'ledger_text',
+           'Row', 'Report', 'make_report', 'evaluate']
 
 # %% ../nbs/12_localize.ipynb #e7f169f8
 import html, json, time
@@ -214,6 +214,27 @@ def find_localizer(
 )->type:
     "A `Localizer` subclass by name."
     return find_subclass(Localizer, name, _LOCALIZERS, f'localizer {name!r}')
+
+# %% ../nbs/12_localize.ipynb #55e18d30
+class Mirrored(Localizer):
+    "The mean of a localizer's map and that of the mirror image, turned back."
+    def __init__(self,
+        model, # as for the localizer
+        of='headmaps', # the localizer, a name or a class
+        **kwargs # for the localizer
+    ):
+        super().__init__(model)
+        self.localizer = (find_localizer(of) if isinstance(of, str) else of)(self.model, **kwargs)
+        self.preset = self.localizer.preset
+
+    @staticmethod
+    def mean(maps, mirrored): return (maps + mirrored.flip(-1))/2
+
+    def compute(self, x, target, create_graph):
+        logits, maps = self.localizer.compute(x, target, create_graph)
+        return logits, self.mean(maps, self.localizer.compute(x.flip(-1), target.pinned(logits), create_graph)[1])
+
+    def describe(self, preset=None): return f'{type(self).__name__}({self.localizer.describe(preset)})'
 
 # %% ../nbs/12_localize.ipynb #621abeef
 class BoxLocalizer(Localizer):
