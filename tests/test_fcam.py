@@ -119,7 +119,7 @@ class RightHalf(HeadMaps):
 
 
 def test_maps_of_a_derived_localizer_are_its_own(dls, stage1):
-    method = FCAM(stage1, seeds=RightHalf, mirror=False)
+    method = FCAM(stage1, seeds=RightHalf, views=1)
     model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
     draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
     raw = draw.raw(y)

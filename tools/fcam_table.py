@@ -16,15 +16,15 @@ from wsol_nb.fcam import FCAM
 from wsol_nb.learner import GAP, load_run
 from wsol_nb.localize import evaluate
 
-WORLD = dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, crf_start=0, mirror=False) # chosen on val; as published, the CRF counts from the first step
+WORLD = dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, crf_start=0, views=1) # chosen on val; as published, the CRF counts from the first step
 ABLATION = {'SR': dict(crf=0.), 'SR + ASC': dict(crf=0., size=.1), 'SR + CRF': {}, 'SR + CRF + ASC': dict(size=.1)}
-SWEEPS = ABLATION | {'CRF from epoch 1': dict(crf_start=1), 'mirrored': dict(mirror=True)} | {f'n={n}': dict(n_fg=n, n_bg=n) for n in (1, 3, 30, 100)} | {f'static, n={n}': dict(n_fg=n, n_bg=n, static=True) for n in (1, 10, 100)} | \
+SWEEPS = ABLATION | {'CRF from epoch 1': dict(crf_start=1), 'mirrored': dict(views=2)} | {f'n={n}': dict(n_fg=n, n_bg=n) for n in (1, 3, 30, 100)} | {f'static, n={n}': dict(n_fg=n, n_bg=n, static=True) for n in (1, 10, 100)} | \
     {f'λ={c:g}': dict(crf=c) for c in (.05, .15, 1.5, 5., 50.)} | {f'seeds: {s}': dict(seeds=s) for s in ('gradcamplusplus', 'layercam')}
 SEEDS = ('cam', 'gradcamplusplus', 'layercam')
 CAM = dict(world=SYNTH | dict(epochs=15), cub=RECIPES['cub']) # the first stage
 DATA = dict(
     world=dict(variants=SWEEPS, base=WORLD, epochs=5, lr=3e-3),
-    cub=dict(variants={s: dict(seeds=s) for s in SEEDS} | {f'{s}, not mirrored': dict(seeds=s, mirror=False) for s in SEEDS}, base={}, epochs=FCAM.recipe['epochs'], lr=FCAM.recipe['lr']))
+    cub=dict(variants={s: dict(seeds=s) for s in SEEDS} | {f'{s}, not mirrored': dict(seeds=s, views=1) for s in SEEDS}, base={}, epochs=FCAM.recipe['epochs'], lr=FCAM.recipe['lr']))
 
 
 def score(run, dls, key, command):

@@ -16,15 +16,15 @@ import pandas as pd
 from pooling_table import RECIPES, loaders, origin, root, row_of, train, write
 
 from wsol_nb.learner import GAP, load_run
-from wsol_nb.localize import evaluate
+from wsol_nb.localize import Mirrored, evaluate
 from wsol_nb.negev import NEGEV, QuietMaps, positives
 
 CAM = {k: RECIPES[k] for k in ('tissue', 'glas')}
 SECOND = dict(arch=None, stride=None, pretrained=False, opt='adam', wd=0.)
 STAGE2 = dict(tissue=SECOND | dict(epochs=10, lr=(1e-3, 1e-3)), glas=SECOND | dict(epochs=20, lr=(1e-3, 1e-3)))
 VARIANTS = {'NEGEV': {}, 'C+': dict(n_bg=0, negatives=False), 'C+C-': dict(negatives=False), 'C+D-': dict(n_bg=0), 'static': dict(static=True), 'bg=published': dict(bg='published'),
-            'fg=otsu': dict(fg='otsu')}
-DEFAULT = dict(tissue=list(VARIANTS), glas=['NEGEV'])
+            'fg=otsu': dict(fg='otsu'), 'one view': dict(views=1)}
+DEFAULT = dict(tissue=list(VARIANTS), glas=['NEGEV', 'one view'])
 SELECT = dict(tissue=(None, None), glas=('last', 'loc')) # the epoch of either stage that is kept, of those that are; None: there is the last only
 KEEP = ['PxAP', 'F1+', 'F1−', 'best Dice of all pixels', 'all ones: PxAP', 'centre: PxAP']
 
@@ -81,10 +81,11 @@ def main():
         table = Table(root/f'nbs/negev_{a.data}.csv', origin(f'python tools/negev_table.py {a.data} --seeds {seed}'))
         dls, stage1 = loaders(recipe, dict(normal=True) if a.data == 'tissue' else {}, a.runs, seed), a.stage1 or a.runs/a.data/f'CAM-{seed}'
         if not (stage1/'model.safetensors').is_file(): train(GAP(), recipe, dls, stage1, first)
-        if not table.has(method='CAM', seed=seed):
-            table.add(dls, stage1, at_each_epoch(stage1), method='CAM', seed=seed)
-            if negative := np.flatnonzero(np.isin(dls.class_ids, dls.info.negative)).tolist():
-                table.add(dls, stage1, at_each_epoch(stage1, lambda r: QuietMaps(r.model, negative)), method='quiet CAM', seed=seed)
+        negative = np.flatnonzero(np.isin(dls.class_ids, dls.info.negative)).tolist()
+        alone = {'CAM': lambda r: r.localizer(), 'CAM, four views': lambda r: Mirrored(r.model, views=4)}
+        if negative: alone |= {'quiet CAM': lambda r: QuietMaps(r.model, negative), 'quiet CAM, four views': lambda r: Mirrored(r.model, QuietMaps, 4, negative=negative)}
+        for name, make in alone.items():
+            if not table.has(method=name, seed=seed): table.add(dls, stage1, at_each_epoch(stage1, make), method=name, seed=seed)
         for name in DEFAULT[a.data] if a.variants is None else a.variants:
             if table.has(method=name, seed=seed): continue
             path = a.runs/a.data/f'{name}-{seed}'

@@ -337,9 +337,9 @@ def wsol_data(
     print(f'{len(problems)} problem{"s" if len(problems) != 1 else ""}' if len(problems) else 'no problem found')
     return problems
 
-# %% ../nbs/92_cli.ipynb #f7f3c69e
+# %% ../nbs/92_cli.ipynb #fff49c33
 DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3) # from scratch, a minute on a CPU core
-DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, mirror=False), epochs=5, lr=3e-3) # chosen on the world's val split
+DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, views=1), epochs=5, lr=3e-3) # chosen on the world's val split
 
 def _demo_run(dls, run, epochs, lr, **kw):
     "Train, save with the τ of the val boxes, score on test: the report and its localizer."

@@ -6,7 +6,7 @@
 __all__ = ['Decoder', 'Prediction', 'FullModel', 'FullMaps', 'Step', 'SumOfTerms', 'seed_term', 'class_term', 'CRFTerm',
            'SizeTerm', 'shrink_labels', 'DrawSeeds', 'static_seeds', 'SecondStage', 'SeededMaps', 'FCAM']
 
-# %% ../nbs/61_fcam.ipynb #0262a256
+# %% ../nbs/61_fcam.ipynb #9d3a5435
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import nn
 from .data.loaders import WSOLDataset
 from .data.manifest import LabelStore
 from .learner import Method, Run, WSOLLearner, load_run, method_from_dict, method_to_dict, read_config, run_config
-from .localize import HeadMaps, Localizer, Mirrored, find_localizer, model_intact, to_score_maps, unwrap
+from .localize import HeadMaps, Localizer, Mirrored, check_views, find_localizer, model_intact, to_score_maps, unwrap
 from .losses.constraints import AbsoluteSizeBarrier
 from .losses.crf import DenseCRFLoss
 from .losses.partial import partial_cross_entropy
@@ -188,7 +188,7 @@ def shrink_labels(
     fg, bg = (F.adaptive_max_pool2d((labels == k).float()[:, None], tuple(size))[:, 0] > 0 for k in (1, 0))
     return merge_seeds(fg, bg)
 
-# %% ../nbs/61_fcam.ipynb #d477bc7a
+# %% ../nbs/61_fcam.ipynb #34d8059f
 class DrawSeeds(Callback):
     "Gives the loss what it needs: seeds drawn from a localizer's maps of the true class, from stored maps, or stored labels."
     order, drawn = 5, False
@@ -219,7 +219,7 @@ class DrawSeeds(Callback):
         mirror = isinstance(self.seeder, Mirrored)
         if not self.method.freeze or type(self.seeder.localizer if mirror else self.seeder) is not HeadMaps: return self.seeder.raw(self.x, y)
         own = self.pred.maps[torch.arange(len(y), device=y.device), y].detach().float()
-        return Mirrored.mean(own, self.seeder.localizer.raw(self.x.flip(-1), y)) if mirror else own
+        return self.seeder.mean(own, lambda f: self.seeder.localizer.raw(self.x.flip(f), y)) if mirror else own
 
     def after_loss(self):
         if not self.training: return
@@ -277,13 +277,13 @@ def _as_run(stage):
     if not isinstance(stage, WSOLLearner): raise TypeError(f'stage1: expected a learner, a Run or a run folder, got {type(stage).__name__}')
     return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
 
-# %% ../nbs/61_fcam.ipynb #dc15754b
+# %% ../nbs/61_fcam.ipynb #5c5c597b
 @dataclass
 class SeededMaps(SecondStage):
     "What all methods share that train a decoder on seeds: a localizer, a sampler, a network. A method adds its loss terms."
     seeds: str = 'headmaps' # localizer that seeds come from, a name or a class; the default is the classifier's own class maps, for GAP its CAM
     seeds_params: dict = field(default_factory=dict) # for the localizer
-    mirror: bool = False # seeds come from the mean of its maps of the image and the mirror image, `Mirrored`
+    views: int = 1 # seeds come from the mean of its maps of so many views, 1, 2 or 4, see `Mirrored`
     n_fg: int = 10 # seeds of foreground, an image
     n_bg: int = 10 # seeds of background
     fg: str = 'otsu' # where foreground comes from, see `seed_weights`
@@ -300,6 +300,7 @@ class SeededMaps(SecondStage):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.seeds, (str, type)): raise TypeError(f'seeds: expected the name or the class of a localizer (with seeds_params), got {type(self.seeds).__name__}')
+        check_views(self.views)
         self.seeds = find_localizer(self.seeds.__name__ if isinstance(self.seeds, type) else self.seeds).__name__.lower()
 
     def model(self, arch, n_classes, **kw):
@@ -307,9 +308,8 @@ class SeededMaps(SecondStage):
 
     def seeder(self, classifier)->Localizer:
         "The localizer on the classifier; CAM is what a GAP head computes anyway."
-        own = self.seeds == 'cam' and not self.seeds_params and type(classifier.head) in (Head, GAPHead)
-        kind = HeadMaps if own else find_localizer(self.seeds)
-        return Mirrored(classifier, kind, **self.seeds_params) if self.mirror else kind(classifier, **self.seeds_params)
+        kind = HeadMaps if self.seeds == 'cam' and not self.seeds_params and type(classifier.head) in (Head, GAPHead) else find_localizer(self.seeds)
+        return kind(classifier, **self.seeds_params) if self.views == 1 else Mirrored(classifier, kind, self.views, **self.seeds_params)
 
     def draw(self, raw, size, y, generator=None):
         "Seeds (B,*size) from raw maps of classes y."
@@ -325,11 +325,11 @@ class SeededMaps(SecondStage):
     def param_groups(self, model): return [list(m.parameters()) for m in ([] if self.freeze else [model.classifier]) + [model.decoder]]
     def localizer(self, model): return FullMaps(model)
 
-# %% ../nbs/61_fcam.ipynb #40a00f66
+# %% ../nbs/61_fcam.ipynb #e5cf60df
 @dataclass
 class FCAM(SeededMaps):
     "F-CAM (Belharbi et al., WACV 2022): seeds, the dense CRF energy and a size barrier."
-    mirror: bool = True # seeds come from the mean of the maps of the image and its mirror image
+    views: int = 2 # seeds come from the mean of the maps of the image and its mirror image
     crf: float = 3. # weight of the CRF energy
     crf_side: int = 28 # side of the grid on which it is computed, exactly
     sigma_rgb: float = 15. # of colours in 0 to 255

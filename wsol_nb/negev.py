@@ -33,12 +33,13 @@ class NegativeImages:
         labels = torch.where(self.is_negative(step.y), 0, 255)[:, None, None]
         return partial_cross_entropy(step.full, labels.expand(-1, *step.full.shape[-2:]))
 
-# %% ../nbs/62_negev.ipynb #3c078df0
+# %% ../nbs/62_negev.ipynb #c0664f38
 @dataclass
 class NEGEV(SeededMaps):
     "NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, every pixel of those without."
     fg: str = 'map'
     dilate: int = 3
+    views: int = 4 # seeds come from the mean of the maps of the image and its mirror images: tissue has no up and down
     lam: float = 1. # weight of the seeds
     negatives: bool = None # learn from fully negative images; None: where the data have a negative class
     recipe = SeededMaps.recipe | dict(epochs=20, bs=16, resize=None)
