@@ -9,7 +9,7 @@ import itertools
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pooling_table import origin, root, write
+from pooling_table import Table, origin, root
 
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.metrics.pixels import PxAP
@@ -34,15 +34,13 @@ def main():
     p.add_argument('--split', default='test')
     p.add_argument('--size', type=int, default=224)
     a = p.parse_args()
-    part, csv = WSOLDataLoaders.from_metadata(dataset=a.dataset, size=a.size).localizable(a.split), root/'nbs/downscale.csv'
+    part = WSOLDataLoaders.from_metadata(dataset=a.dataset, size=a.size).localizable(a.split)
     if not part.n_masked: p.error(f'{a.dataset} has no masks in split {a.split}')
     masks, data = torch.stack([torch.as_tensor(part.mask(i)) for i in range(len(part))]), a.dataset.split('/')[0]
     common = origin(f'python tools/downscale_table.py {a.dataset} --split {a.split} --size {a.size}')
-    rows = [r for r in pd.read_csv(csv).to_dict('records') if r['data'] != data] if csv.is_file() else []
-    for z, down, up in itertools.product(ZS, DOWN, UP):
-        rows.append(dict(data=data, n=len(part), size=a.size, z=z, down=down, up=up, PxAP=round(pxap(masks, z, down, up), 3)) | common)
-    write(rows, csv)
-    print(pd.DataFrame([r for r in rows if r['data'] == data]).pivot(index=['down', 'up'], columns='z', values='PxAP').round(1).to_string())
+    rows = [dict(data=data, n=len(part), size=a.size, z=z, down=down, up=up, PxAP=round(pxap(masks, z, down, up), 3)) | common for z, down, up in itertools.product(ZS, DOWN, UP)]
+    Table(root/'nbs/downscale.csv').add(rows, data=data)
+    print(pd.DataFrame(rows).pivot(index=['down', 'up'], columns='z', values='PxAP').round(1).to_string())
 
 
 if __name__ == '__main__': main()

@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 
 import pandas as pd
-from pooling_table import RECIPES, SYNTH, loaders, origin, root, row_of, train, write
+from pooling_table import RECIPES, SYNTH, Table, loaders, origin, root, row_of, train
 
 from wsol_nb.fcam import FCAM
 from wsol_nb.learner import GAP, load_run
@@ -51,23 +51,21 @@ def main():
     p.add_argument('--variants', nargs='+', help='default: all')
     p.add_argument('--runs', type=Path, default=root/'runs/fcam')
     a = p.parse_args()
-    d, cam, csv = DATA[a.data], CAM[a.data], root/f'nbs/fcam_{a.data}.csv'
+    d, cam, table = DATA[a.data], CAM[a.data], Table(root/f'nbs/fcam_{a.data}.csv')
     second = dict(arch=None, stride=None, opt='adam', wd=0., epochs=d['epochs'], lr=(d['lr'], d['lr']), data=cam['data'] | dict(resize=cam['data']['size'])) # flips only
     for v in a.variants or []:
         if v not in d['variants']: p.error(f'--variants {v}: there are {", ".join(d["variants"])}')
-    rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
     for seed, name in itertools.product(a.seeds, ['CAM', *(a.variants or d['variants'])]):
         key, first = dict(variant=name, seed=seed), a.runs/a.data/f'CAM-{seed}'
-        if any(all(r[k] == v for k, v in key.items()) for r in rows): continue
+        if table.has(**key): continue
         path = a.runs/a.data/f'{name}-{seed}'.translate(str.maketrans('', '', ' :,'))
         if not (first/'model.safetensors').is_file(): train(GAP(), cam, loaders(cam, {}, a.runs, seed), first)
         dls = loaders(second, {}, a.runs, seed)
         if not (path/'model.safetensors').is_file(): train(FCAM(stage1=first, **d['base'] | d['variants'][name]), second, dls, path)
         new = list(score(load_run(path), dls, key, f'python tools/fcam_table.py {a.data} --seeds {seed} --variants {name!r}'))
-        rows = (pd.read_csv(csv).to_dict('records') if csv.is_file() else []) + new # another process may have added some
-        write(rows, csv)
+        table.add(new)
         print(f'{a.data} {key}: MaxBoxAcc(.5) {new[0]["MaxBoxAcc δ=0.5"]:.1f} on val, {new[1]["MaxBoxAcc δ=0.5"]:.1f} on test, {new[1]["cpu_seconds"]} s of CPU', flush=True)
-    show(rows)
+    show(table.rows)
 
 
 if __name__ == '__main__': main()

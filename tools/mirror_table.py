@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from pooling_table import origin, root, write
+import torch.nn.functional as F
+from pooling_table import Table, origin, root
 
 from wsol_nb.data.loaders import WSOLDataset
 from wsol_nb.learner import load_run
@@ -23,8 +24,7 @@ def agreement(maps, mirrored, move, border):
     h, w = maps.shape[1:]
     cut = lambda m, d: m[:, border:h - border, border + d:w - border + d].flatten(1)
     a, b = cut(maps, move), cut(mirrored, -move)
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return float(((a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1)).clamp_min(1e-9)).median())
+    return float(F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)).median())
 
 
 def displacement(localizer, dataset, n, border=32):
@@ -51,22 +51,18 @@ def main():
     p.add_argument('--localizers', nargs='+', default=['headmaps'])
     p.add_argument('--n', type=int, default=100, help='training images')
     a = p.parse_args()
-    csv = root/'nbs/mirror.csv'
-    rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
+    table = Table(root/'nbs/mirror.csv')
     for path in a.runs:
         run = load_run(path)
         dls = run.dls()
-        df = dls.info.manifest
-        train = WSOLDataset(df[df.split == 'train'].reset_index(drop=True), dls.info)
+        train = WSOLDataset(dls.train.dataset.df, dls.info) # neither cropped nor flipped
         for name in a.localizers:
             key = dict(data=dls.info.source['dataset'], run=path.name, arch=run.config['arch'], stride=run.config['stride'], localizer=name)
-            if any(all(r[k] == v for k, v in key.items()) for r in rows): continue
+            if table.has(**key): continue
             plain = find_localizer(name)(run.model)
-            rows.append(key | displacement(plain, train, a.n) | scores(plain, dls, 'map') | scores(Mirrored(run.model, name), dls, 'mean') | origin(f'python tools/mirror_table.py {path.name} --localizers {name}'))
-            write(rows, csv)
-            print(rows[-1], flush=True)
-    df = pd.DataFrame(rows)
-    print(df.drop(columns=['hardware', 'command']).to_string(index=False))
+            table.add([key | displacement(plain, train, a.n) | scores(plain, dls, 'map') | scores(Mirrored(run.model, name), dls, 'mean') | origin(f'python tools/mirror_table.py {path.name} --localizers {name}')])
+            print(table.rows[-1], flush=True)
+    print(pd.DataFrame(table.rows).drop(columns=['hardware', 'command']).to_string(index=False))
 
 
 if __name__ == '__main__': main()

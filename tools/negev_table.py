@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pooling_table import RECIPES, loaders, origin, root, row_of, train, write
+from pooling_table import RECIPES, Table, loaders, origin, root, row_of, train
 
 from wsol_nb.learner import GAP, load_run
 from wsol_nb.localize import Mirrored, evaluate
@@ -39,21 +39,6 @@ def scores(localizer, dls, split):
     return dict(split=report.protocol['split'], n=report.n) | row
 
 
-class Table:
-    "Rows of a CSV, each written as soon as it is there."
-    def __init__(self, csv, common): self.csv, self.common, self.rows = csv, common, pd.read_csv(csv).to_dict('records') if csv.is_file() else []
-
-    def has(self, **key): return any(all(r[k] == v for k, v in key.items()) for r in self.rows)
-
-    def add(self, dls, path, localizers, **key):
-        "Score localizers, by the epoch they come from, on the split that tunes and on test."
-        for select, localizer in localizers.items():
-            new = [key | dict(select=select, valid_accuracy=valid_accuracy(path, select)) | scores(localizer, dls, split) | self.common for split in ('tune', 'test')]
-            self.rows += new
-            print(key, select, *(f"{r['split']} {r['PxAP']:.1f}" for r in new), flush=True)
-        write(self.rows, self.csv)
-
-
 def valid_accuracy(path, select):
     "Accuracy on the split that selects by class, in percent, at an epoch of a run."
     history, file = pd.read_csv(path/'history.csv'), path/'selection.json'
@@ -67,6 +52,16 @@ def at_each_epoch(path, make=lambda run: run.localizer(), names=('cl', 'loc', 'l
     return {n: make(load_run(path, select=n)) for n in kept} or {'last': make(load_run(path))}
 
 
+def rows_of(dls, path, localizers, **key):
+    "Score localizers, by the epoch they come from, on the split that tunes and on test."
+    rows = []
+    for select, localizer in localizers.items():
+        new = [key | dict(select=select, valid_accuracy=valid_accuracy(path, select)) | scores(localizer, dls, split) for split in ('tune', 'test')]
+        print(key, select, *(f"{r['split']} {r['PxAP']:.1f}" for r in new), flush=True)
+        rows += new
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('data', choices=CAM)
@@ -76,21 +71,21 @@ def main():
     p.add_argument('--runs', type=Path, default=root/'runs/negev')
     a = p.parse_args()
     if a.stage1 and len(a.seeds) > 1: p.error('--stage1 is of one seed')
-    recipe, (first, second) = CAM[a.data], SELECT[a.data]
+    recipe, (first, second), table = CAM[a.data], SELECT[a.data], Table(root/f'nbs/negev_{a.data}.csv')
     for seed in a.seeds:
-        table = Table(root/f'nbs/negev_{a.data}.csv', origin(f'python tools/negev_table.py {a.data} --seeds {seed}'))
+        common = origin(f'python tools/negev_table.py {a.data} --seeds {seed}')
         dls, stage1 = loaders(recipe, dict(normal=True) if a.data == 'tissue' else {}, a.runs, seed), a.stage1 or a.runs/a.data/f'CAM-{seed}'
         if not (stage1/'model.safetensors').is_file(): train(GAP(), recipe, dls, stage1, first)
         negative = np.flatnonzero(np.isin(dls.class_ids, dls.info.negative)).tolist()
         alone = {'CAM': lambda r: r.localizer(), 'CAM, four views': lambda r: Mirrored(r.model, views=4)}
         if negative: alone |= {'quiet CAM': lambda r: QuietMaps(r.model, negative), 'quiet CAM, four views': lambda r: Mirrored(r.model, QuietMaps, 4, negative=negative)}
         for name, make in alone.items():
-            if not table.has(method=name, seed=seed): table.add(dls, stage1, at_each_epoch(stage1, make), method=name, seed=seed)
+            if not table.has(method=name, seed=seed): table.add([r | common for r in rows_of(dls, stage1, at_each_epoch(stage1, make), method=name, seed=seed)])
         for name in DEFAULT[a.data] if a.variants is None else a.variants:
             if table.has(method=name, seed=seed): continue
             path = a.runs/a.data/f'{name}-{seed}'
             if not (path/'model.safetensors').is_file(): train(NEGEV(stage1=stage1, **VARIANTS[name]), STAGE2[a.data], dls, path, second)
-            table.add(dls, path, at_each_epoch(path, names=('loc', 'last')), method=name, seed=seed) # the classifier is the same in all epochs
+            table.add([r | common for r in rows_of(dls, path, at_each_epoch(path, names=('loc', 'last')), method=name, seed=seed)]) # the classifier is the same in all epochs
     df = pd.DataFrame(table.rows)
     shown = [c for c in ('PxAP', 'PxAP (positives)', 'F1+', 'F1−', 'best Dice of all pixels', 'all ones: PxAP') if c in df]
     print(df[df.split == 'test'].groupby(['method', 'select'], sort=False)[shown].agg(['mean', 'std']).round(1).to_string())

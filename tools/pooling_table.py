@@ -75,10 +75,21 @@ def cost(run):
     return dict(cpu_seconds=seconds, cpu_seconds_to_90=round(seconds*(reached[0] + 1)/len(accuracy), 1) if len(reached) and seconds else None)
 
 
-def write(rows, csv):
-    part = csv.with_suffix('.part')
-    pd.DataFrame(rows).to_csv(part, index=False)
-    os.replace(part, csv)
+class Table:
+    "Rows of a CSV, written whole as soon as there are new ones; another process may add its own."
+    def __init__(self, csv): self.csv, self.rows = csv, self.read(csv)
+
+    @staticmethod
+    def read(csv): return pd.read_csv(csv).to_dict('records') if csv.is_file() else []
+
+    def has(self, **key): return any(all(r[k] == v for k, v in key.items()) for r in self.rows)
+
+    def add(self, new, **instead):
+        "Append rows, in place of those with the values `instead`."
+        self.rows = [r for r in self.read(self.csv) if not (instead and all(r[k] == v for k, v in instead.items()))] + new
+        part = self.csv.with_suffix('.part')
+        pd.DataFrame(self.rows).to_csv(part, index=False)
+        os.replace(part, self.csv)
 
 
 def show(rows):
@@ -100,14 +111,12 @@ def main():
     p.add_argument('--runs', type=Path, default=root/'runs/pooling')
     p.add_argument('--again', action='store_true', help='score saved runs anew')
     a = p.parse_args()
-    recipe, csv, methods = RECIPES[a.data], root/f'nbs/pooling_{a.data}.csv', {m.__name__: m for m in BOTTOM_UP}
-    rows = pd.read_csv(csv).to_dict('records') if csv.is_file() else []
+    recipe, table, methods = RECIPES[a.data], Table(root/f'nbs/pooling_{a.data}.csv'), {m.__name__: m for m in BOTTOM_UP}
     for seed, world in itertools.product(a.seeds, recipe.get('worlds', [{}])):
         dls = loaders(recipe, world, a.runs, seed)
         for name in a.methods:
             key = dict(method=name, seed=seed) | world
-            is_ours = lambda r: all(r[k] == v for k, v in key.items())
-            if any(map(is_ours, rows)) and not a.again: continue
+            if table.has(**key) and not a.again: continue
             path = a.runs/a.data/'-'.join([name, str(seed), *map(str, world.values())])
             if not (path/'model.safetensors').is_file(): train(methods[name](), recipe, dls, path)
             run, new = load_run(path), []
@@ -115,10 +124,9 @@ def main():
                 report = evaluate(run.localizer(), dls, split, tau_from=None, progress=False)
                 new.append(key | dict(split=report.protocol['split'], n=report.n) | row_of(report) | cost(run)
                            | origin(f'python tools/pooling_table.py {a.data} --seeds {seed}'))
-            rows = [r for r in rows if not is_ours(r)] + new
-            write(rows, csv)
+            table.add(new, **key)
             print(f'{a.data} {key}: accuracy {new[-1]["accuracy"]:.1f} on test, {new[-1]["cpu_seconds"]} s of CPU to train', flush=True)
-    show(rows)
+    show(table.rows)
 
 
 if __name__ == '__main__': main()
