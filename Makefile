@@ -14,10 +14,10 @@ INSTALL = uv pip install --quiet --python $(BIN)/python
 endif
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test check quick bench docs lab clean
+.PHONY: help demo test check quick bench docs lab clean lock test-oldest test-newest
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "wsol_nb needs Python 3.11 or newer; none was found. Try: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -37,7 +37,7 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run ## a synthetic world, a CAM classifier, F-CAM on it, a table and demo/report.html
 	@$(BIN)/wsol_demo
 
-test: check ## everything that CI runs
+test: check ## every notebook and every test, on the development pins (CI adds the two below)
 
 check: $(VENV)/.dev ## notebooks and modules in sync, every notebook runs, every test passes
 	@$(TEST_ENV) $(BIN)/python tools/sync.py
@@ -49,6 +49,15 @@ quick: $(VENV)/.dev ## under a minute: sync, imports and the notebooks touched s
 	@$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_house.py
 	@for nb in $$(git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; git ls-files -o --exclude-standard -- 'nbs/*.ipynb'); do \
 	  $(TEST_ENV) $(BIN)/nbdev_test --path $$nb --do_print || exit 1; done
+
+test-oldest: $(VENV)/.dev ## the built wheel beside the oldest releases that settings.ini allows, in an environment of its own
+	@$(BIN)/python tools/releases.py oldest
+
+test-newest: $(VENV)/.dev ## the same beside the newest, on each Python of 3.11 to 3.13 that is installed
+	@$(BIN)/python tools/releases.py newest
+
+lock: $(VENV)/.dev ## renew constraints-oldest.txt and constraints-newest.txt
+	@$(BIN)/python tools/releases.py lock
 
 bench: $(VENV)/.dev ## speed, as ratios against a peer in the same run
 	@$(BIN)/python tools/bench.py

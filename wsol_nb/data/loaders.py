@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Geometry', 'draw_geometry', 'apply_geometry', 'to_tensor'
            'WSOLDataset', 'WSOLDL', 'LocBatch', 'LocalizableSplit', 'WSOLDataLoaders']
 
 # %% ../../nbs/03_data.loaders.ipynb #3536ad11
-import copy, math, os
+import copy, importlib, math, os, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,18 @@ from PIL import Image, ImageEnhance
 from ..core import did_you_mean, env_folder, read_image
 from .manifest import MapStore, Truth, check_manifest, describe_problems, drop_bad, folder_manifest, labels_of, read_metadata
 from .synth import write_world
-from fastai.data.core import DataLoaders, TfmdDL # after wsol_nb.core, see its end
+
+# %% ../../nbs/03_data.loaders.ipynb #29c1a53f
+def _load_fastai():
+    "fastai compiles a layer with `torch.jit.script` on import, of which today's torch warns."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
+        importlib.import_module('fastai.layers')
+
+_load_fastai() # after wsol_nb.core, see its end
+
+# %% ../../nbs/03_data.loaders.ipynb #689aa1f3
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device
 
 # %% ../../nbs/03_data.loaders.ipynb #82d03c7f
