@@ -34,7 +34,7 @@ def oracles(): return folder('WSOL_ORACLES')
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
     "A small synthetic world on disk, shared by the tests; they must not write to it."
-    from wsol_nb.data.synth import write_world
+    from wsol_nb.data.worlds.disk import write_world
     path = tmp_path_factory.mktemp('world')
     write_world(path, n_train=48, n_val=16, n_test=16, progress=False)
     return path

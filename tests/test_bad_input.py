@@ -9,13 +9,20 @@ import torch
 from PIL import Image
 
 from wsol_nb.core import BadImage, read_image
-from wsol_nb.data.loaders import MapStore, WSOLDataLoaders
-from wsol_nb.data.manifest import check_manifest, folder_manifest, read_metadata
-from wsol_nb.data.synth import ObjectsWorld, write_world
-from wsol_nb.learner import load_run, wsol_learner
-from wsol_nb.localize import HeadMaps, evaluate
-from wsol_nb.metrics.boxes import BoxAcc, box_iou, map_boxes
-from wsol_nb.models import wsol_model
+from wsol_nb.data.loaders import WSOLDataLoaders
+from wsol_nb.data.stores import MapStore
+from wsol_nb.data.check import check_manifest
+from wsol_nb.data.formats import folder_manifest
+from wsol_nb.data.metadata import read_metadata
+from wsol_nb.data.worlds.disk import write_world
+from wsol_nb.data.worlds.objects import ObjectsWorld
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.run import load_run
+from wsol_nb.localize.base import HeadMaps
+from wsol_nb.scoring.loop import evaluate
+from wsol_nb.metrics.boxes import BoxAcc
+from wsol_nb.metrics.contours import box_iou, map_boxes
+from wsol_nb.nets.model import wsol_model
 
 
 @pytest.fixture

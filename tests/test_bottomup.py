@@ -5,12 +5,14 @@ import onnxruntime
 import pytest
 import torch
 
-from wsol_nb.bottomup import BOTTOM_UP, DeepMIL, LSE, SPN, TopK, WILDCAT
+from wsol_nb.methods.pooling import BOTTOM_UP, LSE, SPN, WILDCAT, DeepMIL, TopK
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.learner import GAP, find_method, load_run, method_from_dict, method_to_dict, save_run, wsol_learner
-from wsol_nb.localize import HeadMaps
-from wsol_nb.models import export_model, wsol_model
-from wsol_nb.pooling import HEADS, PRMHead
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.method import GAP, find_method, method_from_dict, method_to_dict
+from wsol_nb.train.run import load_run, save_run
+from wsol_nb.localize.base import HeadMaps
+from wsol_nb.nets.model import export_model, wsol_model
+from wsol_nb.nets.heads import HEADS, PRMHead
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock
 from fastai.data.transforms import ColReader
 from fastai.learner import Learner
@@ -64,7 +66,7 @@ def test_training_reaches_every_weight(name, targets, y):
 @pytest.mark.parametrize('several', [False, True])
 def test_with_plain_fastai_loaders(world, tmp_path, name, several):
     "The model and loss of a method also serve a DataBlock, with CategoryBlock or MultiCategoryBlock."
-    from wsol_nb.data.manifest import read_metadata
+    from wsol_nb.data.metadata import read_metadata
     df = read_metadata(world, 'SYNTH', 'train').iloc[:16].assign(names=lambda d: d.class_name + ('|thing' if several else ''))
     block = DataBlock((ImageBlock, MultiCategoryBlock if several else CategoryBlock), get_x=ColReader('path'), get_y=ColReader('names', label_delim='|' if several else None),
                       splitter=lambda d: (list(range(12)), list(range(12, 16))), item_tfms=Resize(64))

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, feature_layer, weighted_sum
+from wsol_nb.cam.gradient import (
+    CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM,
+    weighted_sum)
+from wsol_nb.cam.layers import feature_layer
 from wsol_nb.core import minmax
-from wsol_nb.localize import to_score_maps
+from wsol_nb.localize.maps import to_score_maps
 import timm
 
 pgc = pytest.importorskip('pytorch_grad_cam')

@@ -56,7 +56,7 @@ def test_eval_is_what_training_said(run):
 
 @pytest.mark.parametrize('mode, suffix', [('RGB', 'jpg'), ('L', 'png'), ('RGBA', 'png'), ('P', 'png'), ('CMYK', 'jpg'), ('I;16', 'png'), ('1', 'png')])
 def test_localize_modes(run, tmp_path, mode, suffix):
-    from wsol_nb.cli import wsol_localize
+    from wsol_nb.cli.localize import wsol_localize
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 200, 3), dtype=np.uint8))
     img = Image.fromarray(np.arange(90*200, dtype=np.uint16).reshape(90, 200)) if mode == 'I;16' else noise.convert(mode)
     img.save(tmp_path/f'photo.{suffix}')
@@ -68,7 +68,7 @@ def test_localize_modes(run, tmp_path, mode, suffix):
 
 def test_localize_size_and_rotation(run, world, tmp_path):
     "A photo enlarged fivefold has a box about five times as large; one turned by EXIF has the box of the picture as it is seen."
-    from wsol_nb.cli import wsol_localize
+    from wsol_nb.cli.localize import wsol_localize
     path = next((world/'SYNTH/test').rglob('*.jpg'))
     img = Image.open(path).convert('RGB')
     img.save(tmp_path/'a.png'); img.resize((img.width*5, img.height*5), Image.BICUBIC).save(tmp_path/'b.png')
@@ -86,8 +86,8 @@ def test_localize_size_and_rotation(run, world, tmp_path):
 def test_localize_box_is_tight(run, world, tmp_path):
     "The box is the extent of the largest blob of the map above τ, in the photo's own pixels."
     import cv2
-    from wsol_nb.cli import localize_photo
-    from wsol_nb.learner import load_run
+    from wsol_nb.cli.localize import localize_photo
+    from wsol_nb.train.run import load_run
     f = localize_photo(load_run(run), next((world/'SYNTH/test').rglob('*.jpg')), tau=.6)
     u = (255*f['score_map'].astype(np.float64)).astype(np.uint8)
     _, _, stats, _ = cv2.connectedComponentsWithStats((u > int(.6*u.max())).astype(np.uint8), connectivity=8)
@@ -134,7 +134,7 @@ def test_interrupted_and_resumed(world, tmp_path, how):
 @pytest.mark.parametrize('select, column', [('loc', 'max_box_acc'), ('cl', 'accuracy')])
 def test_selection(world, tmp_path, select, column):
     "B-LOC and B-CL keep the epoch that is best by their column."
-    from wsol_nb.learner import load_run
+    from wsol_nb.train.run import load_run
     wsol('train', '--data', world, '--out', tmp_path/'run', '--epochs', 3, '--select', select, '--lr', .02, '--lr-head', .2, *TINY)
     history = pd.read_csv(tmp_path/'run/history.csv')
     report = json.loads((tmp_path/'run/report-val.json').read_text())
@@ -202,7 +202,7 @@ def test_data_check_real(real_data):
 ])
 def test_errors(args, message, world, tmp_path, monkeypatch):
     "What the script prints when it ends, without the seconds of a process of its own."
-    from wsol_nb.cli import main
+    from wsol_nb.cli.command import main
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', [f'/bin/wsol_{args[0]}', *(a.format(world=world, tmp=tmp_path) for a in args[1:])])
     with pytest.raises(SystemExit) as e: main()

@@ -15,10 +15,12 @@ from torch import nn
 from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, localize_all
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
-from wsol_nb.fcam import FullModel
-from wsol_nb.localize import HeadMaps, Localizer, Mirrored, to_score_maps
-from wsol_nb.models import wsol_model
-from wsol_nb.pooling import HEADS
+from wsol_nb.nets.decoder import FullModel
+from wsol_nb.localize.base import HeadMaps, Localizer
+from wsol_nb.localize.maps import to_score_maps
+from wsol_nb.localize.mirrored import Mirrored
+from wsol_nb.nets.model import wsol_model
+from wsol_nb.nets.heads import HEADS
 import timm # after wsol_nb.core, see its end
 import torchvision
 

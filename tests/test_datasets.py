@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsol_nb.cli import main
+from wsol_nb.cli.command import main
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.manifest import check_manifest, datasets_in, labels_of, read_mask, read_metadata
+from wsol_nb.data.check import check_manifest
+from wsol_nb.data.manifest import labels_of
+from wsol_nb.data.metadata import datasets_in, read_metadata
+from wsol_nb.data.stores import read_mask
 
 rng = np.random.default_rng(0)
 

@@ -13,11 +13,16 @@ import pytest
 
 from wsol_nb.core import minmax, resize_boxes
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.manifest import MapStore, Truth, read_metadata
-from wsol_nb.localize import Report, Scorer, evaluate, reference_score_map
-from wsol_nb.metrics.boxes import TAUS, BoxAcc, BoxRules, box_overlaps, centre_map, level_boxes, map_boxes, plain_boxes
+from wsol_nb.data.metadata import read_metadata
+from wsol_nb.data.stores import MapStore, Truth
+from wsol_nb.localize.maps import reference_score_map
+from wsol_nb.scoring.loop import evaluate
+from wsol_nb.scoring.report import Report
+from wsol_nb.scoring.scorer import Scorer
+from wsol_nb.metrics.boxes import BoxAcc, box_overlaps, centre_map
+from wsol_nb.metrics.contours import TAUS, BoxRules, level_boxes, map_boxes, plain_boxes
 from wsol_nb.metrics.pixels import PxAP
-from wsol_nb.stored import score_maps
+from wsol_nb.scoring.stored import score_maps
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
@@ -197,8 +202,8 @@ def test_state_has_the_size_of_the_protocol_not_of_the_data():
 
 def test_tau_is_carried_from_val(world):
     "The ledger's val row is the test curve at the best τ of the validation split."
-    from wsol_nb.localize import HeadMaps
-    from wsol_nb.models import wsol_model
+    from wsol_nb.localize.base import HeadMaps
+    from wsol_nb.nets.model import wsol_model
     dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8, device='cpu')
     loc = HeadMaps(wsol_model('resnet10t', dls.c, verbose=False))
     val, test = evaluate(loc, dls, 'valid', progress=False), evaluate(loc, dls, 'test', progress=False)

@@ -7,14 +7,21 @@ import torch
 from test_cli import TINY, wsol
 from torch import nn
 
-from wsol_nb.bottomup import WILDCAT
+from wsol_nb.methods.pooling import WILDCAT
 from wsol_nb.cam.gradient import GradCAM
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.manifest import MapStore
-from wsol_nb.fcam import FCAM, DrawSeeds, FullMaps, FullModel, Prediction, seed_term, SumOfTerms
-from wsol_nb.learner import GAP, Checkpoint, adam, load_run, resume, save_run, wsol_learner
-from wsol_nb.localize import HeadMaps, Mirrored, find_localizer
-from wsol_nb.models import wsol_model
+from wsol_nb.data.stores import MapStore
+from wsol_nb.dense.fcam import FCAM
+from wsol_nb.dense.seeded import DrawSeeds
+from wsol_nb.dense.terms import SumOfTerms, seed_term
+from wsol_nb.nets.decoder import FullMaps, FullModel, Prediction
+from wsol_nb.train.checkpoint import Checkpoint, resume
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.method import GAP, adam
+from wsol_nb.train.run import load_run, save_run
+from wsol_nb.localize.base import HeadMaps, find_localizer
+from wsol_nb.localize.mirrored import Mirrored
+from wsol_nb.nets.model import wsol_model
 
 
 @pytest.fixture(scope='module')

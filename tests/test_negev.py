@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.manifest import LabelStore
-from wsol_nb.data.tissue import TissueWorld
-from wsol_nb.fcam import FullMaps, SeededMaps
-from wsol_nb.learner import Checkpoint, adam, find_method, load_run, method_from_dict, method_to_dict, resume, save_run, wsol_learner
-from wsol_nb.localize import HeadMaps, evaluate
+from wsol_nb.data.stores import LabelStore
+from wsol_nb.data.worlds.tissue import TissueWorld
+from wsol_nb.dense.seeded import SeededMaps
+from wsol_nb.nets.decoder import FullMaps
+from wsol_nb.train.checkpoint import Checkpoint, resume
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.method import adam, find_method, method_from_dict, method_to_dict
+from wsol_nb.train.run import load_run, save_run
+from wsol_nb.localize.base import HeadMaps
+from wsol_nb.scoring.loop import evaluate
 from wsol_nb.losses.partial import partial_cross_entropy
-from wsol_nb.negev import NEGEV, NegativeImages, PositiveSeeds, QuietMaps, positives
+from wsol_nb.dense.negev import NEGEV, NegativeImages, PositiveSeeds, QuietMaps, positives
 
 
 def loaders(folder, normal=True, **kw):

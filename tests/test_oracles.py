@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from wsol_nb.core import resize_boxes
-from wsol_nb.data.manifest import read_metadata
-from wsol_nb.localize import reference_score_map
-from wsol_nb.metrics.boxes import BoxAcc, box_overlaps, centre_map, level_boxes, map_boxes
+from wsol_nb.data.metadata import read_metadata
+from wsol_nb.localize.maps import reference_score_map
+from wsol_nb.metrics.boxes import BoxAcc, box_overlaps, centre_map
+from wsol_nb.metrics.contours import level_boxes, map_boxes
 from wsol_nb.metrics.pixels import PxAP
 
 

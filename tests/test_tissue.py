@@ -8,11 +8,15 @@ import torch
 
 from wsol_nb.core import set_seed  # first: lets timm be imported beside a CUDA torchvision
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.manifest import check_manifest, read_metadata
-from wsol_nb.data.synth import ObjectsWorld, World, write_world
-from wsol_nb.data.tissue import TissueWorld
-from wsol_nb.learner import loaders_from_config, run_config, wsol_learner
-from wsol_nb.localize import evaluate
+from wsol_nb.data.check import check_manifest
+from wsol_nb.data.metadata import read_metadata
+from wsol_nb.data.worlds.base import World
+from wsol_nb.data.worlds.disk import write_world
+from wsol_nb.data.worlds.objects import ObjectsWorld
+from wsol_nb.data.worlds.tissue import TissueWorld
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.run import loaders_from_config, run_config
+from wsol_nb.scoring.loop import evaluate
 
 COUNTS = dict(n_train=12, n_val=6, n_test=9, progress=False)
 

@@ -3,7 +3,7 @@
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds), OpenCV and numba
 on one thread; for PxAP NumPy's histogram; for training the same model in torch's default memory format, and without `keep_memory`; for CAMs a plain
 no_grad forward pass, pytorch-grad-cam and torchcam; for the CRF loss a training step and its own approximation (written to
-nbs/crf_times.csv). All take some twenty minutes.
+nbs/results/crf_times.csv). All take some twenty minutes.
 """
 import contextlib
 import csv
@@ -22,14 +22,18 @@ import torch
 
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM, localize_all # first: it imports wsol_nb.core
 from wsol_nb.cam.score import AblationCAM, ScoreCAM
-from wsol_nb.data.manifest import Truth, read_metadata
-from wsol_nb.learner import hardware
+from wsol_nb.data.metadata import read_metadata
+from wsol_nb.data.stores import Truth
+from wsol_nb.train.run import hardware
 from wsol_nb.core import env_folder, read_image
-from wsol_nb.localize import Scorer, Target, make_report, reference_score_map
+from wsol_nb.localize.maps import reference_score_map
+from wsol_nb.localize.target import Target
+from wsol_nb.scoring.loop import make_report
+from wsol_nb.scoring.scorer import Scorer
 from wsol_nb.losses.crf import DenseCRFLoss
-from wsol_nb.metrics.boxes import TAUS, level_boxes, map_boxes, plain_boxes
+from wsol_nb.metrics.contours import TAUS, level_boxes, map_boxes, plain_boxes
 from wsol_nb.metrics.pixels import PxAP
-from wsol_nb.models import wsol_model
+from wsol_nb.nets.model import wsol_model
 
 
 def seconds(f, repeat=5):
@@ -220,7 +224,7 @@ def peak_mb(f, cuda):
     return most/2**20
 
 
-def crf(n=8, out='nbs/crf_times.csv'):
+def crf(n=8, out='nbs/results/crf_times.csv'):
     "The CRF loss of 8 images of 224x224 with its gradient, at several scales; a training step of MobileNetV2 on the same images beside it."
     device, data, torch_rng = 'cuda' if torch.cuda.is_available() else 'cpu', env_folder('WSOL_DATA'), torch.Generator().manual_seed(0)
     images = dict(noise=torch.rand(n, 3, 224, 224, generator=torch_rng))

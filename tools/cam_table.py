@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
-from wsol_nb.data.loaders import LocalizableSplit
-from wsol_nb.learner import hardware, load_run
-from wsol_nb.localize import HeadMaps, evaluate
+from wsol_nb.data.dataset import LocalizableSplit
+from wsol_nb.train.run import hardware, load_run
+from wsol_nb.localize.base import HeadMaps
+from wsol_nb.scoring.loop import evaluate
 import torch
 
 CHEAP = {c.__name__: c for c in (HeadMaps, CAM, GradCAM, HiResCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM, ExcitationBackprop)}
@@ -75,6 +76,6 @@ if __name__ == '__main__':
     p.add_argument('run', help='run folder of wsol_train')
     p.add_argument('--split', default='test', help="a split's name or role")
     p.add_argument('--every', type=int, default=30, help='the costly methods see each such image')
-    p.add_argument('--out', default='nbs/cub20_topdown.csv', help='table; rows that are in it are not computed again')
+    p.add_argument('--out', default='nbs/results/cub20_topdown.csv', help='table; rows that are in it are not computed again')
     a = p.parse_args()
     main(a.run, a.split, a.every, a.out)

@@ -1,4 +1,4 @@
-"""Milliseconds of one 224x224 map, method by net: python tools/cam_times.py [--out nbs/topdown_times.csv]
+"""Milliseconds of one 224x224 map, method by net: python tools/cam_times.py [--out nbs/results/topdown_times.csv]
 
 The tutorial's timing table, measured here; random weights, one image, 200 classes, the median of 3 turns with a plain pass between. Score-CAM and its kin ask the net about every channel,
 up to 35 times: they are measured at 8 and 24 channels, and what all would take is extrapolated along that line and said to be so.
@@ -9,9 +9,11 @@ import statistics
 import time
 
 from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
-from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM, feature_layer
+from wsol_nb.cam.gradient import (
+    CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM)
+from wsol_nb.cam.layers import feature_layer
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
-from wsol_nb.learner import hardware
+from wsol_nb.train.run import hardware
 import torch
 import torchvision
 
@@ -52,7 +54,7 @@ def rows(name, device):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--out', default='nbs/topdown_times.csv')
+    p.add_argument('--out', default='nbs/results/topdown_times.csv')
     a = p.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     where = ', '.join(str(v) for v in hardware().values() if v is not None) + f' cores, {torch.get_num_threads()} thread'

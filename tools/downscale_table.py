@@ -1,7 +1,7 @@
 """What a coarse grid costs a perfect map: python tools/downscale_table.py GLAS/fold-0 [--split test] [--size 224]
 
 True masks on the evaluation grid are made z times smaller and blown up again, by each pair of interpolation modes, and scored
-as maps by PxAP. Needs WSOL_DATA and a data set with masks; its rows in nbs/downscale.csv are replaced.
+as maps by PxAP. Needs WSOL_DATA and a data set with masks; its rows in nbs/results/downscale.csv are replaced.
 """
 import argparse
 import itertools
@@ -39,7 +39,7 @@ def main():
     masks, data = torch.stack([torch.as_tensor(part.mask(i)) for i in range(len(part))]), a.dataset.split('/')[0]
     common = origin(f'python tools/downscale_table.py {a.dataset} --split {a.split} --size {a.size}')
     rows = [dict(data=data, n=len(part), size=a.size, z=z, down=down, up=up, PxAP=round(pxap(masks, z, down, up), 3)) | common for z, down, up in itertools.product(ZS, DOWN, UP)]
-    Table(root/'nbs/downscale.csv').add(rows, data=data)
+    Table(root/'nbs/results/downscale.csv').add(rows, data=data)
     print(pd.DataFrame(rows).pivot(index=['down', 'up'], columns='z', values='PxAP').round(1).to_string())
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 from pooling_table import RECIPES, SYNTH, Table, loaders, origin, root, row_of, train
 
-from wsol_nb.fcam import FCAM
-from wsol_nb.learner import GAP, load_run
-from wsol_nb.localize import evaluate
+from wsol_nb.dense.fcam import FCAM
+from wsol_nb.train.method import GAP
+from wsol_nb.train.run import load_run
+from wsol_nb.scoring.loop import evaluate
 
 WORLD = dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, crf_start=0, views=1) # chosen on val; as published, the CRF counts from the first step
 ABLATION = {'SR': dict(crf=0.), 'SR + ASC': dict(crf=0., size=.1), 'SR + CRF': {}, 'SR + CRF + ASC': dict(size=.1)}
@@ -51,7 +52,7 @@ def main():
     p.add_argument('--variants', nargs='+', help='default: all')
     p.add_argument('--runs', type=Path, default=root/'runs/fcam')
     a = p.parse_args()
-    d, cam, table = DATA[a.data], CAM[a.data], Table(root/f'nbs/fcam_{a.data}.csv')
+    d, cam, table = DATA[a.data], CAM[a.data], Table(root/f'nbs/results/fcam_{a.data}.csv')
     second = dict(arch=None, stride=None, opt='adam', wd=0., epochs=d['epochs'], lr=(d['lr'], d['lr']), data=cam['data'] | dict(resize=cam['data']['size'])) # flips only
     for v in a.variants or []:
         if v not in d['variants']: p.error(f'--variants {v}: there are {", ".join(d["variants"])}')

@@ -3,7 +3,7 @@
 The map of an image and that of its mirror image, turned back, should agree. For each run they are moved against each other by whole
 pixels, on training images and without any box; the table names the move at which they agree best (median correlation away from the
 border), and how well they agree there and unmoved. Beside it, MaxBoxAcc of the map and of the mean of both (`Mirrored`), on val and
-test. Rows are appended to nbs/mirror.csv; a run that is there already is left out.
+test. Rows are appended to nbs/results/mirror.csv; a run that is there already is left out.
 """
 import argparse
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from pooling_table import Table, origin, root
 
-from wsol_nb.data.loaders import WSOLDataset
-from wsol_nb.learner import load_run
-from wsol_nb.localize import Mirrored, evaluate, find_localizer
+from wsol_nb.data.dataset import WSOLDataset
+from wsol_nb.train.run import load_run
+from wsol_nb.localize.base import find_localizer
+from wsol_nb.localize.mirrored import Mirrored
+from wsol_nb.scoring.loop import evaluate
 
 
 def agreement(maps, mirrored, move, border):
@@ -51,7 +53,7 @@ def main():
     p.add_argument('--localizers', nargs='+', default=['headmaps'])
     p.add_argument('--n', type=int, default=100, help='training images')
     a = p.parse_args()
-    table = Table(root/'nbs/mirror.csv')
+    table = Table(root/'nbs/results/mirror.csv')
     for path in a.runs:
         run = load_run(path)
         dls = run.dls()

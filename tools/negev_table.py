@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from pooling_table import RECIPES, Table, loaders, origin, root, row_of, train
 
-from wsol_nb.learner import GAP, load_run
-from wsol_nb.localize import Mirrored, evaluate
-from wsol_nb.negev import NEGEV, QuietMaps, positives
+from wsol_nb.train.method import GAP
+from wsol_nb.train.run import load_run
+from wsol_nb.localize.mirrored import Mirrored
+from wsol_nb.scoring.loop import evaluate
+from wsol_nb.dense.negev import NEGEV, QuietMaps, positives
 
 CAM = {k: RECIPES[k] for k in ('tissue', 'glas')}
 SECOND = dict(arch=None, stride=None, pretrained=False, opt='adam', wd=0.)
@@ -71,7 +73,7 @@ def main():
     p.add_argument('--runs', type=Path, default=root/'runs/negev')
     a = p.parse_args()
     if a.stage1 and len(a.seeds) > 1: p.error('--stage1 is of one seed')
-    recipe, (first, second), table = CAM[a.data], SELECT[a.data], Table(root/f'nbs/negev_{a.data}.csv')
+    recipe, (first, second), table = CAM[a.data], SELECT[a.data], Table(root/f'nbs/results/negev_{a.data}.csv')
     for seed in a.seeds:
         common = origin(f'python tools/negev_table.py {a.data} --seeds {seed}')
         dls, stage1 = loaders(recipe, dict(normal=True) if a.data == 'tissue' else {}, a.runs, seed), a.stage1 or a.runs/a.data/f'CAM-{seed}'

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from wsol_nb.bottomup import BOTTOM_UP
+from wsol_nb.methods.pooling import BOTTOM_UP
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.data.synth import ObjectsWorld
-from wsol_nb.data.tissue import TissueWorld
-from wsol_nb.learner import OPTIMIZERS, Checkpoint, KeepBest, hardware, keep, load_run, resume, save_run, wsol_learner
-from wsol_nb.localize import evaluate
+from wsol_nb.data.worlds.objects import ObjectsWorld
+from wsol_nb.data.worlds.tissue import TissueWorld
+from wsol_nb.train.checkpoint import Checkpoint, KeepBest, keep, resume
+from wsol_nb.train.learner import wsol_learner
+from wsol_nb.train.method import OPTIMIZERS
+from wsol_nb.train.run import hardware, load_run, save_run
+from wsol_nb.scoring.loop import evaluate
 
 root = Path(__file__).resolve().parent.parent
 SYNTH = dict(arch='test_resnet', stride=8, opt='adamw', wd=.05, epochs=10, lr=(5e-3, 5e-3), data=dict(size=112, bs=32))
@@ -111,7 +114,7 @@ def main():
     p.add_argument('--runs', type=Path, default=root/'runs/pooling')
     p.add_argument('--again', action='store_true', help='score saved runs anew')
     a = p.parse_args()
-    recipe, table, methods = RECIPES[a.data], Table(root/f'nbs/pooling_{a.data}.csv'), {m.__name__: m for m in BOTTOM_UP}
+    recipe, table, methods = RECIPES[a.data], Table(root/f'nbs/results/pooling_{a.data}.csv'), {m.__name__: m for m in BOTTOM_UP}
     for seed, world in itertools.product(a.seeds, recipe.get('worlds', [{}])):
         dls = loaders(recipe, world, a.runs, seed)
         for name in a.methods:
