@@ -179,7 +179,7 @@ def test_maps_from_the_command_line(world, tmp_path):
     df, store = read_metadata(world, 'SYNTH'), MapStore(tmp_path/'maps')
     for s in ('val', 'test'): blurred_maps(df, store, 112, s)
     def run(*args):
-        code = 'import sys; sys.argv[0] = "wsol_eval"; from wsol_nb.cli import main; main()'
+        code = 'import sys; sys.argv[0] = "wsol_eval"; from wsol_nb.cli.command import main; main()'
         return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(root)))
     r = run('--maps', store.root, '--metadata', world/'metadata', '--size', 112, '--out', 'report')
     assert r.returncode == 0, r.stderr

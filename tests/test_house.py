@@ -90,7 +90,7 @@ def test_scripts_answer_help_without_torch():
     cfg = configparser.ConfigParser(delimiters=['='])
     cfg.read(root/'settings.ini')
     names = [s.split('=')[0] for s in cfg['DEFAULT']['console_scripts'].split()]
-    probe = "import sys; from wsol_nb.cli import parse\nfor n in sys.argv[1:]:\n  try: parse(n, ['--help'])\n  except SystemExit: pass\nprint([m for m in ('torch', 'fastai', 'numpy', 'pandas') if m in sys.modules])"
+    probe = "import sys; from wsol_nb.cli.command import parse\nfor n in sys.argv[1:]:\n  try: parse(n, ['--help'])\n  except SystemExit: pass\nprint([m for m in ('torch', 'fastai', 'numpy', 'pandas') if m in sys.modules])"
     out = subprocess.run([sys.executable, '-c', probe, *names], capture_output=True, text=True, cwd=root, check=True).stdout
     assert out.strip().endswith('[]') and all(f'usage: {n}' in out for n in names) and len(names) == 5
 

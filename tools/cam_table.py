@@ -14,7 +14,8 @@ from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from wsol_nb.data.dataset import LocalizableSplit
-from wsol_nb.train.run import hardware, load_run
+from wsol_nb.results import hardware
+from wsol_nb.train.run import load_run
 from wsol_nb.localize.base import HeadMaps
 from wsol_nb.scoring.loop import evaluate
 import torch

@@ -22,7 +22,8 @@ from wsol_nb.data.worlds.tissue import TissueWorld
 from wsol_nb.train.checkpoint import Checkpoint, KeepBest, keep, resume
 from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.method import OPTIMIZERS
-from wsol_nb.train.run import hardware, load_run, save_run
+from wsol_nb.results import hardware
+from wsol_nb.train.run import load_run, save_run
 from wsol_nb.scoring.loop import evaluate
 
 root = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Export, clean and write README.md, then say which files that changed: the checkout must already be in sync.
+"""Export, write the index and README.md, clean, then say which files that changed: the checkout must already be in sync.
 
 Usage: python tools/sync.py            (exit code 1 and the names where something changed; the files are in sync afterwards)
 """
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import index
 import readme
 
 root = Path(__file__).resolve().parent.parent
@@ -20,8 +21,9 @@ def state():
 
 def main():
     before = state()
-    for command in ('nbdev_export', 'nbdev_clean'):
-        subprocess.run([str(Path(sys.executable).parent/command)], cwd=root, check=True)
+    subprocess.run([str(Path(sys.executable).parent/'nbdev_export')], cwd=root, check=True)
+    index.write()
+    subprocess.run([str(Path(sys.executable).parent/'nbdev_clean')], cwd=root, check=True)
     readme.write()
     after = state()
     changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))

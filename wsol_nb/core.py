@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'notebook_defaults', 'assert_same', 'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage',
-           'read_image', 'did_you_mean', 'env_folder', 'find_subclass', 'keep_memory']
+           'read_image', 'did_you_mean', 'env_folder', 'whole_file', 'find_subclass', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
-import ctypes, difflib, importlib.util, os, random, re, sys
+import ctypes, difflib, importlib.util, os, random, re, sys, uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,20 @@ def env_folder(
     if not value: return None
     if not Path(value).is_dir(): raise ValueError(f'{name}={value} is not a folder')
     return Path(value)
+
+# %% ../nbs/0_ground/00_core.ipynb #b6317da5
+@contextmanager
+def whole_file(
+    path, # the file; its folder is made
+): # a path beside it, to be written inside the `with`
+    "Write a file whole or not at all; several processes may write it at the same time."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part')
+    try:
+        yield part
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/0_ground/00_core.ipynb #a0031cbf
 def find_subclass(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .layers import LayerLocalizer, eager, feature_layer, plain_logits, watch
 from ..localize.base import Localizer
+from ..registry import localizer
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #57a6156b
 def _share(num, den): return torch.where(den > 0, num/torch.where(den > 0, den, 1.), 0.)
@@ -83,6 +84,8 @@ def rule(self:_Excitation, func, name, args, kwargs):
         return _share(run(p*self.r[id(x)]), run(p)), sign
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #06a00e9c
+@localizer(needs='gradients, ReLU', passes='1 + gradient',
+           paper='Zhang et al., ECCV 2016', bib='zhang2016excitation')
 class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016); optionally against its opposite."
     def __init__(self, model, layer=None,
@@ -137,6 +140,8 @@ def _ascend(z, d, step):
     return (z + step*d/top.clamp(min=1e-30)).clamp(0, 1)
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #a9c6d4c6
+@localizer(needs='gradients, ReLU', passes='n, each with a gradient',
+           paper='Cao et al., ICCV 2015', bib='cao2015feedback')
 class FeedbackCAM(Localizer):
     "The image's gradient through the neurons that serve the class (Cao et al. 2015)."
     def __init__(self,

@@ -15,6 +15,7 @@ from torch import nn
 
 from .layers import LayerLocalizer
 from ..core import did_you_mean
+from ..registry import localizer
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #8a5cf8e8
 def weighted_sum(
@@ -24,6 +25,7 @@ def weighted_sum(
     "Sum over the channels of their maps times their weights."
     return torch.einsum('b...k,bkhw->b...hw', w, A)
 
+@localizer(needs='a linear head', passes='1', paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
 class CAM(LayerLocalizer):
     "Class activation maps of a net that ends in average pooling and a linear layer (Zhou et al. 2016)."
     def classifier(self, A, logits):
@@ -46,10 +48,14 @@ class CAM(LayerLocalizer):
             return weighted_sum(target.weights(seen.logits.float())@W if target.score_fn else W[target.classes(seen.logits)], A)
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #991f4f58
+@localizer(needs='gradients', passes='1 + gradient',
+           paper='Selvaraju et al., ICCV 2017', bib='selvaraju2017gradcam')
 class GradCAM(LayerLocalizer):
     "Channels weighted by their mean gradient, then ReLU (Selvaraju et al. 2017)."
     def weigh(self, A, G): return weighted_sum(G.mean((2, 3)), A).relu()
 
+@localizer(needs='gradients', passes='1 + gradient',
+           paper='Draelos & Carin, 2020', bib='draelos2020hirescam')
 class HiResCAM(LayerLocalizer):
     "Gradient times activation, position by position (Draelos & Carin 2020)."
     def weigh(self, A, G): return (G*A).sum(1)
@@ -69,6 +75,8 @@ def gradcam_pp_weights(
         alpha = alpha/alpha.sum((2, 3), keepdim=True).clamp(min=1e-30)
     return (alpha*g1.relu()).sum((2, 3))
 
+@localizer(needs='gradients', passes='1 + gradient',
+           paper='Chattopadhay et al., WACV 2018', bib='chattopadhay2018gradcampp')
 class GradCAMPlusPlus(LayerLocalizer):
     "Positive gradients, each weighted by α (Chattopadhay et al. 2018)."
     def __init__(self, model, layer=None,
@@ -81,6 +89,8 @@ class GradCAMPlusPlus(LayerLocalizer):
         return weighted_sum(gradcam_pp_weights(A.sum((2, 3), keepdim=True), G, G**2, G**3, self.channel_norm), A).relu()
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #8d1edf5d
+@localizer(needs='gradients', passes='n, each with a gradient',
+           paper='Omeiza et al., 2019', bib='omeiza2019smooth')
 class SmoothGradCAMPlusPlus(LayerLocalizer):
     "Grad-CAM++ with gradients averaged over noisy images (Omeiza et al. 2019)."
     def __init__(self, model, layer=None,
@@ -110,12 +120,16 @@ class SmoothGradCAMPlusPlus(LayerLocalizer):
                 return clean.logits, torch.stack(maps, 1) if several else maps[0]
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #8ac92e71
+@localizer(needs='gradients', passes='1 + gradient',
+           paper='Fu et al., BMVC 2020', bib='fu2020xgradcam')
 class XGradCAM(LayerLocalizer):
     "Channels weighted so that their sum keeps the score (Fu et al. 2020)."
     def weigh(self, A, G):
         S = A.sum((2, 3))
         return weighted_sum(torch.where(S == 0, 0., (G*A).sum((2, 3))/torch.where(S == 0, 1., S)), A).relu()
 
+@localizer(needs='gradients', passes='1 + gradient',
+           paper='Jiang et al., TIP 2021', bib='jiang2021layercam')
 class LayerCAM(LayerLocalizer):
     "Positive gradient times activation, position by position; several layers are fused (Jiang et al. 2021)."
     several_layers = True
@@ -130,6 +144,8 @@ class LayerCAM(LayerLocalizer):
         return torch.stack([F.interpolate(s[:, None], size, mode='bilinear', align_corners=False)[:, 0] for s in scaled]).amax(0)
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #eb6a7778
+@localizer(needs='features', passes='1',
+           paper='Muhammad & Yeasin, IJCNN 2020', bib='muhammad2020eigencam')
 class EigenCAM(LayerLocalizer):
     "The first singular component of the features, whatever the class (Muhammad & Yeasin 2020)."
     def maps(self, seen, target, create_graph):

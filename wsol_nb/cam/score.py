@@ -16,6 +16,7 @@ from torch import nn
 from .gradient import weighted_sum
 from .layers import LayerLocalizer, eager
 from ..core import minmax
+from ..registry import localizer
 
 # %% ../../nbs/3_cam/03_score.ipynb #6d5de40f
 def _foldable(model, x):
@@ -107,6 +108,8 @@ def _scores_of(target, logits, i, rows): # (k,T)
     return torch.stack([target.scores(torch.cat([logits[:i], r[None].to(logits), logits[i + 1:]]))[i] for r in rows])[:, None].float()
 
 # %% ../../nbs/3_cam/03_score.ipynb #0906eaf7
+@localizer(needs='features', passes='1 + channels',
+           paper='Wang et al., CVPR Workshops 2020', bib='wang2020scorecam')
 class ScoreCAM(ChannelLocalizer):
     "Channels weighted by the softmax of the scores of the images that they mask (Wang et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
@@ -140,6 +143,8 @@ class ScoreCAM(ChannelLocalizer):
         return w.softmax(2).nan_to_num(0)
 
 # %% ../../nbs/3_cam/03_score.ipynb #f6f60313
+@localizer(needs='features', passes='1 + n channels',
+           paper='Wang et al., 2020', bib='wang2020sscam')
 class SSCAM(ScoreCAM):
     "Score-CAM averaged over noisy masks (Wang et al. 2020, SS-CAM)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False, dtype:torch.dtype=None,
@@ -155,6 +160,8 @@ class SSCAM(ScoreCAM):
         gen = torch.Generator().manual_seed(self.seed)
         return (H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H) for _ in range(self.n))
 
+@localizer(needs='features', passes='1 + n channels',
+           paper='Naidu et al., 2020', bib='naidu2020iscam')
 class ISCAM(ScoreCAM):
     "Score-CAM integrated over masks that fade in (Naidu et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False, dtype:torch.dtype=None,
@@ -227,6 +234,8 @@ class _Tail:
                 if f is not None: m.forward = f
 
 # %% ../../nbs/3_cam/03_score.ipynb #274c3150
+@localizer(needs='features', passes='1 + channels',
+           paper='Desai & Ramaswamy, WACV 2020', bib='desai2020ablationcam')
 class AblationCAM(ChannelLocalizer):
     "Channels weighted by how much the score falls without them (Desai & Ramaswamy 2020)."
     def channel_weights(self, x, A, target, logits):

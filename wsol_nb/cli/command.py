@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
+from ..registry import find
 
 # %% ../../nbs/9_tools/01_command.ipynb #f7f93837
 def comments(
@@ -44,7 +45,7 @@ class Command:
     def flag(self, name):
         "How a parameter is named in the shell."
         if self.by_place(name): return name
-        return ('--no-' if self.params[name].default is True else '--') + name.replace('_', '-')
+        return ('--no-' if self.params[name].default is True else '--') + name.rstrip('_').replace('_', '-')
 
 # %% ../../nbs/9_tools/01_command.ipynb #871a5a80
 def _argument(command, name, help):
@@ -94,6 +95,7 @@ def parse(
     def dashed(arg):
         flag, equals, value = arg.partition('=')
         return flag.replace('_', '-') + equals + value if flag.startswith('--') else arg
+    if name not in COMMANDS: find('command', name)
     return vars(arguments(COMMANDS[name], name).parse_args([*map(dashed, argv)]))
 
 # %% ../../nbs/9_tools/01_command.ipynb #99a9314b

@@ -6,30 +6,28 @@
 __all__ = ['wsol_demo']
 
 # %% ../../nbs/9_tools/06_demo.ipynb #a6fffd46
+import shutil
 from pathlib import Path
 
 from .command import command
-from .train import tau_to_keep
 
 # %% ../../nbs/9_tools/06_demo.ipynb #fff49c33
 DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3) # from scratch, a minute on a CPU core
 DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, views=1), epochs=5, lr=3e-3) # chosen on the world's val split
 
-def _demo_run(dls, run, epochs, lr, **kw):
+def _demo_run(run, data, method, epochs, lr, opt, wd, arch=None, stride=None):
     "Train, save with the τ of the val boxes, score on test: the report and its localizer."
-    from wsol_nb.train.checkpoint import KeepBest, keep
+    from wsol_nb.train.fit import fit_run
     from wsol_nb.train.interpret import score_run
-    from wsol_nb.train.learner import wsol_learner
-    from wsol_nb.train.run import load_run, save_run
-    from wsol_nb.scoring.loop import evaluate
-    learn = wsol_learner(dls, cbs=KeepBest(run), path=run, **kw)
-    learn.fit_one_cycle(epochs, lr)
-    keep(learn, run)
-    val = evaluate(learn.localizer(), dls, 'tune', progress=False)
-    val.save(run/'report-val.json')
-    save_run(learn, run, tau=tau_to_keep(val))
-    return score_run(load_run(run, dls.device), dls, 'test', progress=False)
+    from wsol_nb.train.method import method_to_dict
+    from wsol_nb.train.run import load_run
+    train = dict(epochs=epochs, lr=lr, lr_head=lr, opt=opt, wd=wd)
+    net = dict(arch=arch, stride=stride, pretrained=False, method=method_to_dict(method))
+    shutil.rmtree(run, ignore_errors=True)
+    learn, _ = fit_run(dict(schema=1, **net, data=data, train=train), run)
+    return score_run(load_run(run, learn.dls.device), learn.dls, 'test', progress=False)
 
+# %% ../../nbs/9_tools/06_demo.ipynb #f5fe7a43
 def _demo_table(cam, fcam, untrained):
     "CAM beside F-CAM beside an untrained net beside the centre box, as text."
     cell = lambda v, f='.1f': format('' if v is None else format(v, f), '>11')
@@ -65,7 +63,7 @@ def wsol_demo(
     from wsol_nb.data.loaders import WSOLDataLoaders
     from wsol_nb.dense.fcam import FCAM
     from wsol_nb.train.learner import wsol_learner
-    from wsol_nb.train.method import adam, adamw
+    from wsol_nb.train.method import GAP
     from wsol_nb.scoring.loop import evaluate
     from wsol_nb.scoring.report import ledger_text
     from wsol_nb.show import contact_sheet, examples, write_report
@@ -73,13 +71,14 @@ def wsol_demo(
     counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
     dls = WSOLDataLoaders.from_synth(out/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
     print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes and masks')
-    net = dict(arch=d['arch'], stride=d['stride'], opt_func=adamw, wd=.05)
+    net = dict(arch=d['arch'], stride=d['stride'])
     untrained = evaluate(wsol_learner(dls, **net).localizer(), dls, 'test', tau_from=None, bootstrap=0, progress=False)
     print('1 · CAM: a classifier from scratch')
-    cam, cam_maps = _demo_run(dls, out/'run', epochs or d['epochs'], d['lr'], **net)
+    data = dict(kind='metadata', root=str(out/'data'), dataset='SYNTH', roles={}) | {k: d[k] for k in ('size', 'bs')} | dict(seed=seed)
+    cam, cam_maps = _demo_run(out/'run', data, GAP(), epochs or d['epochs'], d['lr'], 'adamw', .05, **net)
     print('2 · F-CAM: a decoder on the frozen classifier, from seeds in its maps')
-    flips = WSOLDataLoaders.from_metadata(out/'data', 'SYNTH', size=d['size'], resize=d['size'], bs=d['bs'], seed=seed)
-    fcam, maps = _demo_run(flips, out/'run-fcam', epochs or f['epochs'], f['lr'], method=FCAM(stage1=out/'run', **f['method']), opt_func=adam, wd=0.)
+    flips = data | dict(resize=d['size'])
+    fcam, maps = _demo_run(out/'run-fcam', flips, FCAM(stage1=out/'run', **f['method']), epochs or f['epochs'], f['lr'], 'adam', 0.)
     for name, r in (('', cam), ('-fcam', fcam), ('-untrained', untrained)): r.save(out/f'report{name}.json')
     lesson, table, worst = _demo_lesson(cam, fcam), _demo_table(cam, fcam, untrained), cam.images.image_id[:12].tolist()
     sheets = [contact_sheet(examples(loc, dls, r, 12, worst)) for loc, r in ((cam_maps, cam), (maps, fcam))]

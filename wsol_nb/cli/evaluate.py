@@ -85,8 +85,11 @@ def wsol_eval(
     out:str=None, # where the report goes; default: the run folder, or <maps>-report
     workers:int=None, # loader processes; default 0 on a CPU
     bs:int=32, # batch size
+    import_:str=None, # a Python file of your own that registers what the run was trained with
 ):
     "Score a run, or stored score maps, on a split: a table with the supervision ledger, a JSON report, for a run an HTML page."
+    from wsol_nb.registry import import_file
+    if import_: import_file(import_)
     from wsol_nb.metrics.contours import BoxRules
     if (run is None) == (maps is None): raise ValueError('run: expected a run folder, or --maps FOLDER')
     idle = dict(preset=preset, skip_bad=skip_bad or None, workers=workers) if maps else dict(metadata=metadata, dataset=dataset, size=None if size == 224 else size)

@@ -44,8 +44,11 @@ def wsol_localize(
     photos:str, # image files, one or several, of any size and mode
     tau:float=None, # map threshold, 0 to 1; default: that of the validation boxes, else .2
     out:str='.', # where <photo>-overlay.jpg goes
+    import_:str=None, # a Python file of your own that registers what the run was trained with
 ):
     "Print class, probability and box of photos, and write the overlays."
+    from wsol_nb.registry import import_file
+    if import_: import_file(import_)
     from PIL import Image
     from wsol_nb.train.run import load_run
     from wsol_nb.show import BLUE, draw_boxes, overlay

@@ -38,17 +38,6 @@ def data_source(data, dataset):
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
 # %% ../../nbs/9_tools/02_train.ipynb #f1ec0edc
-def _learner(config, out):
-    "Loaders and learner of a run's config."
-    from wsol_nb.train.checkpoint import Checkpoint, KeepBest
-    from wsol_nb.train.learner import wsol_learner
-    from wsol_nb.train.method import OPTIMIZERS, method_from_dict
-    from wsol_nb.train.run import loaders_from_config
-    t = config['train']
-    dls = loaders_from_config(config['data'] | dict(check=t['check'], skip_bad=t['skip_bad'], num_workers=t['workers']))
-    method, opt = method_from_dict(config['method']), OPTIMIZERS[t.get('opt', 'sgd')]
-    return wsol_learner(dls, config['arch'], method, pretrained=config['pretrained'], stride=config['stride'], opt_func=opt, wd=t['wd'], path=out, cbs=[Checkpoint(out), KeepBest(out)])
-
 def _data(data, dataset, recipe, first, **given):
     "The `data` entry: what the user named, else that of the first stage."
     kept = first.config['data'] if first and not (data or dataset) else data_source(data, dataset)
@@ -61,7 +50,7 @@ def _data(data, dataset, recipe, first, **given):
 def _new_config(out, resume, **given):
     "The config of a new run, or of the one to resume."
     from wsol_nb.train.method import OPTIMIZERS, method_to_dict
-    from wsol_nb.train.run import read_config, write_json
+    from wsol_nb.train.run import read_config
     if resume: return read_config(out)
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')): raise ValueError(f'out={out!r}: a run is there already; --resume continues it, another --out starts a new one')
     method = _make_method(given['method'], given['params'], seeds=given['seeds'], stage1=given['stage1'])
@@ -75,41 +64,17 @@ def _new_config(out, resume, **given):
     train = {k: given[k] for k in ('epochs', 'opt', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')}
     config = dict(schema=1, arch=given['arch'], stride=given['stride'] or None, pretrained=pretrained,
                   method=method_to_dict(method), data=data, train=train)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out)/'config.json', config)
     return config
 
 # %% ../../nbs/9_tools/02_train.ipynb #5bde617d
-def tau_to_keep(report):
-    "What config.json keeps for new photos: the τ of MaxBoxAcc at δ .5 (or of the best Dice), and whose truth it came from."
-    value = report.boxes['max_box_acc']['0.5']['tau'] if report.boxes else report.pixels['dice']['tau']
-    return dict(value=value, source=f"{report.protocol['split']} {'boxes' if report.boxes else 'masks'}")
-
 def _fit(learn, train, out, resume):
-    "Train what is left of the epochs."
-    from wsol_nb.train.checkpoint import resume as put_back
-    done = put_back(learn, out) if resume else 0
+    "Train what is left of the epochs, and say so."
+    from wsol_nb.train.fit import fit_left
+    try: done = fit_left(learn, train, out)
+    except KeyboardInterrupt:
+        raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last '
+                         'finished epoch') from None
     if resume: print(f'{done} of {train["epochs"]} epochs are done; the settings are those of {out}/config.json')
-    if done == train['epochs']: return
-    try: learn.fit_one_cycle(train['epochs'], slice(train['lr'], train['lr_head']))
-    except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last finished epoch') from None
-
-def _finish(learn, train, out):
-    "Save the run and score it on the split that tunes."
-    from wsol_nb.train.checkpoint import keep
-    from wsol_nb.train.run import save_run
-    from wsol_nb.scoring.loop import evaluate
-    dls, more = learn.dls, {}
-    keep(learn, out, train['select'])
-    truth = dls.localizable('tune')
-    if truth.n_boxed or truth.n_masked:
-        report = evaluate(learn.localizer(), dls, 'tune')
-        report.save(Path(out)/f'report-{truth.split}.json')
-        more['tau'] = tau_to_keep(report)
-        print(report)
-    else: print(f'split {truth.split!r} has no true boxes or masks: there is nothing to localize against')
-    save_run(learn, out, train=train | dict(skipped_images=0 if dls.skipped is None else len(dls.skipped)), **more)
-    print(f'run: {out}')
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
 @command()
@@ -141,13 +106,23 @@ def wsol_train(
     skip_bad:bool=False, # leave bad images out, and say so
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out
+    import_:str=None, # a Python file of your own that registers methods, heads or localizers
 ):
     "Train a weakly-supervised localizer from image labels."
-    given = {k: v for k, v in locals().items() if k not in ('out', 'resume')}
+    from wsol_nb.registry import import_file
+    from wsol_nb.train.fit import finish_run, learner_from_config
+    from wsol_nb.train.run import write_json
+    if import_: import_file(import_)
+    given = {k: v for k, v in locals().items() if k in inspect.signature(wsol_train).parameters and k not in ('out', 'resume', 'import_')}
     config = _new_config(out, resume, **given)
-    learn = _learner(config, out)
+    learn = learner_from_config(config, out)
     truth = learn.dls.localizable('tune')
-    if select == 'loc' and not (truth.n_boxed or truth.n_masked): raise ValueError(f"select='loc': split {truth.split!r} has no boxes or masks to select by")
+    known = truth.n_boxed or truth.n_masked
+    if select == 'loc' and not known:
+        raise ValueError(f"select='loc': split {truth.split!r} has no boxes or masks to select by")
+    write_json(Path(out)/'config.json', config)
     _fit(learn, config['train'], out, resume)
-    _finish(learn, config['train'], out)
+    report = finish_run(learn, config['train'], out)
+    print(report or f'split {truth.split!r} has no true boxes or masks: there is nothing to localize against')
+    print(f'run: {out}')
     return learn

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from .seeded import SeededMaps
 from .terms import CRFTerm, SizeTerm
+from ..registry import method
 
 # %% ../../nbs/6_dense/04_fcam.ipynb #e5cf60df
+@method(stages=2, paper='Belharbi et al., WACV 2022', bib='belharbi2022fcam')
 @dataclass
 class FCAM(SeededMaps):
     "F-CAM (Belharbi et al., WACV 2022): seeds, the dense CRF energy and a size barrier."

@@ -17,6 +17,7 @@ from .seeded import SeededMaps
 from .terms import SumOfTerms, seed_term
 from ..localize.base import HeadMaps
 from ..losses.partial import partial_cross_entropy
+from ..registry import localizer, method
 
 # %% ../../nbs/6_dense/05_negev.ipynb #9ef13ee6
 @dataclass
@@ -35,6 +36,7 @@ class NegativeImages:
         return partial_cross_entropy(step.full, labels.expand(-1, *step.full.shape[-2:]))
 
 # %% ../../nbs/6_dense/05_negev.ipynb #c0664f38
+@method(stages=2, paper='Belharbi et al., MIDL 2022', bib='belharbi2022negev')
 @dataclass
 class NEGEV(SeededMaps):
     "NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, every pixel of those without."
@@ -60,6 +62,7 @@ class NEGEV(SeededMaps):
         learn.loss_func = SumOfTerms(self.terms() | evidence)
 
 # %% ../../nbs/6_dense/05_negev.ipynb #b5389adb
+@localizer(needs='class maps', passes='1')
 class QuietMaps(HeadMaps):
     "Class maps, and none where the classifier finds a negative class."
     def __init__(self,

@@ -7,6 +7,7 @@ __all__ = ['VIEWS', 'check_views', 'Mirrored']
 
 # %% ../../nbs/1_evaluation/07_mirrored.ipynb #d918394a
 from .base import Localizer, find_localizer
+from ..registry import localizer
 
 # %% ../../nbs/1_evaluation/07_mirrored.ipynb #2df2420f
 VIEWS = {1: [], 2: [(-1,)], 4: [(-1,), (-2,), (-2, -1)]} # number of views -> along which axes the others are flipped
@@ -16,6 +17,7 @@ def check_views(views):
     if isinstance(views, bool) or views not in VIEWS: raise ValueError(f'views={views!r}: expected 1 (the image), 2 (and its mirror image) or 4 (and both upside down)')
     return views
 
+@localizer(needs='another localizer', passes='2 or 4 of it')
 class Mirrored(Localizer):
     "The mean of a localizer's maps of an image and of its mirror images, turned back."
     def __init__(self,

@@ -10,26 +10,31 @@ from dataclasses import dataclass
 
 from ..nets.heads import (
     DeepMILHead, GeMHead, LSEHead, MaxHead, PRMHead, SPNHead, TopKHead, WILDCATHead)
+from ..registry import method
 from ..train.method import GAP, Method
 
 # %% ../../nbs/5_methods/01_pooling.ipynb #d6e3ebe0
+@method(stages=1, paper='Oquab et al., CVPR 2015', bib='oquab2015free')
 @dataclass
 class MaxPool(Method):
     "Global max pooling (Oquab et al., CVPR 2015)."
     Head = MaxHead
 
+@method(stages=1, paper='Pinheiro & Collobert, CVPR 2015', bib='pinheiro2015image')
 @dataclass
 class LSE(Method):
     "Log-sum-exp pooling (Pinheiro & Collobert, CVPR 2015; Sun et al., CVPR 2016)."
     Head = LSEHead
     r: float = 10. # sharpness: towards 0 the mean, towards infinity the maximum
 
+@method(stages=1)
 @dataclass
 class TopK(Method):
     "The mean of the highest cells."
     Head = TopKHead
     k: float = .2 # a whole number counts cells, a fraction is a share
 
+@method(stages=1, paper='Durand et al., CVPR 2017', bib='durand2017wildcat')
 @dataclass
 class WILDCAT(Method):
     "Highest and lowest cells of several modalities (Durand et al., CVPR 2017)."
@@ -41,18 +46,21 @@ class WILDCAT(Method):
     halve: bool = False  # divide the score by two, as the authors' code does
 
 # %% ../../nbs/5_methods/01_pooling.ipynb #000103f5
+@method(stages=1, paper='Zhou et al., CVPR 2018', bib='zhou2018prm')
 @dataclass
 class PRM(Method):
     "Peak stimulation (Zhou et al., CVPR 2018)."
     Head = PRMHead
     window: int = 3 # side of the neighbourhood in which a peak is the maximum
 
+@method(stages=1, paper='Radenović et al., TPAMI 2019', bib='radenovic2019gem')
 @dataclass
 class GeM(Method):
     "Generalized-mean pooling of features (Radenović et al., TPAMI 2018)."
     Head = GeMHead
     p: float = 3. # 1 is the mean, towards infinity the maximum
 
+@method(stages=1, paper='Ilse et al., ICML 2018', bib='ilse2018mil')
 @dataclass
 class DeepMIL(Method):
     "Attention pooling (Ilse et al., ICML 2018)."
@@ -61,6 +69,7 @@ class DeepMIL(Method):
     gated: bool = False     # gated attention
     maps: str = 'attention' # what maps show: attention or evidence
 
+@method(stages=1, paper='Zhu et al., ICCV 2017', bib='zhu2017spn')
 @dataclass
 class SPN(Method):
     "Soft proposal network (Zhu et al., ICCV 2017)."

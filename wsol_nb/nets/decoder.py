@@ -14,6 +14,7 @@ from torch import nn
 
 from ..localize.base import HeadMaps, model_intact
 from .model import WSOLModel
+from ..registry import localizer
 
 # %% ../../nbs/2_training/04_decoder.ipynb #d952ff2f
 class _Up(nn.Module):
@@ -104,6 +105,8 @@ class FullModel(nn.Module):
         return Prediction(logits, maps, full if list(full.shape[-2:]) == size else F.interpolate(full, size=size, mode='bilinear', align_corners=False))
 
 # %% ../../nbs/2_training/04_decoder.ipynb #67ad07e2
+@localizer(needs='a decoder', passes='1',
+           paper='Belharbi et al., WACV 2022', bib='belharbi2022fcam')
 class FullMaps(HeadMaps):
     "The foreground probability of a `FullModel`, used as it is: it has a scale of its own."
     preset = 'prob'

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from .model import Head
+from ..registry import head
 
 # %% ../../nbs/2_training/03_heads.ipynb #0fcc71c7
+@head(paper='Zhou et al., CVPR 2016')
 class GAPHead(Head):
     "Global average pooling of class maps: the CAM classifier (Lin et al. 2013, Zhou et al. 2016). The base's mean, by name."
 
 # %% ../../nbs/2_training/03_heads.ipynb #4b766823
+@head(paper='Oquab et al., CVPR 2015')
 class MaxHead(Head):
     "Global maximum of class maps (Oquab et al. 2015)."
     def pool(self, maps): return maps.flatten(2).max(-1).values # b,c
@@ -32,6 +35,7 @@ def _positive(name, value):
     return float(value)
 
 # %% ../../nbs/2_training/03_heads.ipynb #a9fd28e3
+@head(paper='Pinheiro & Collobert, CVPR 2015')
 class LSEHead(Head):
     "Log-sum-exp pooling of class maps (Pinheiro & Collobert 2015, Sun et al. 2016)."
     def __init__(self,
@@ -71,6 +75,7 @@ def top_mean(
     "Mean of the `k` highest cells of each map."
     return maps.flatten(2).topk(k, -1, sorted=False).values.mean(-1)
 
+@head()
 class TopKHead(Head):
     "The mean of the highest cells of class maps."
     def __init__(self,
@@ -84,6 +89,7 @@ class TopKHead(Head):
     def pool(self, maps): return top_mean(maps, n_cells(self.k, maps[0, 0].numel()))
 
 # %% ../../nbs/2_training/03_heads.ipynb #aef8830f
+@head(paper='Durand et al., CVPR 2017')
 class WILDCATHead(Head):
     "Highest and lowest cells of class maps that are averages of several modalities (Durand et al. 2017)."
     def __init__(self,
@@ -124,6 +130,7 @@ def find_peaks(
     _, at = F.max_pool2d(maps, window, 1, window//2, return_indices=True) # b,c,h,w: where each window has its maximum
     return at == torch.arange(h*w, device=maps.device).view(h, w)
 
+@head(paper='Zhou et al., CVPR 2018')
 class PRMHead(Head):
     "Peak stimulation: the mean of the local maxima of class maps (Zhou et al. 2018)."
     def __init__(self,
@@ -140,6 +147,7 @@ class PRMHead(Head):
         return torch.where(p, maps, 0).sum((-2, -1))/p.sum((-2, -1))
 
 # %% ../../nbs/2_training/03_heads.ipynb #340f6a3f
+@head(paper='Radenović et al., TPAMI 2019')
 class GeMHead(Head):
     "Generalized mean of features, then a linear classifier (Radenović et al. 2018)."
     def __init__(self,
@@ -160,6 +168,7 @@ class GeMHead(Head):
         return self.classifier(f).flatten(1), self.classifier(f*q/mean)
 
 # %% ../../nbs/2_training/03_heads.ipynb #cc72aa93
+@head(paper='Ilse et al., ICML 2018')
 class DeepMILHead(Head):
     "Attention pooling of features as instances of a bag (Ilse et al. 2018)."
     def __init__(self,
@@ -210,6 +219,7 @@ def soft_proposal(
     return p.view(b, 1, h, w).to(features.dtype)
 
 # %% ../../nbs/2_training/03_heads.ipynb #89f83e69
+@head(paper='Zhu et al., ICCV 2017')
 class SPNHead(Head):
     "Soft proposal network: class maps of features weighted by a proposal of where objects are (Zhu et al. 2017)."
     def __init__(self,

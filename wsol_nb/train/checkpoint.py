@@ -6,12 +6,13 @@
 __all__ = ['Checkpoint', 'resume', 'KeepBest', 'keep']
 
 # %% ../../nbs/2_training/09_checkpoint.ipynb #d2be2191
-import json, math, os
+import json, math
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..core import whole_file
 from ..localize.base import unwrap
 from .learner import WSOLLearner
 from .run import save_weights, write_history, write_json
@@ -46,8 +47,7 @@ class Checkpoint(Callback):
         write_history(self.learn, self.path)
         state = dict(model=unwrap(self.learn.model).state_dict(), rows=_plain(self.learn.rows), opt=_plain(self.opt.state_dict()), epoch=self.epoch, n_epoch=self.n_epoch,
                      best=[_plain(t.best) for t in _trackers(self.learn)], smooth=_plain([self.recorder.smooth_loss.count, self.recorder.smooth_loss.val]))
-        torch.save(state, self.path/'checkpoint.part')
-        os.replace(self.path/'checkpoint.part', self.path/'checkpoint.pt')
+        with whole_file(self.path/'checkpoint.pt') as part: torch.save(state, part)
 
 def resume(
     learn:WSOLLearner, # made as the interrupted one was, with a `Checkpoint`

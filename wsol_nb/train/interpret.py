@@ -13,7 +13,6 @@ from ..scoring.loop import evaluate
 from ..show import contact_sheet, examples, plot_curve
 from .learner import WSOLLearner
 from .run import Run, load_run
-from fastai.callback import progress
 
 # %% ../../nbs/2_training/10_interpret.ipynb #54579227
 def score_run(

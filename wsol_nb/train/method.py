@@ -6,17 +6,17 @@
 __all__ = ['sgd', 'adam', 'adamw', 'OPTIMIZERS', 'Method', 'GAP', 'method_to_dict', 'find_method', 'method_from_dict']
 
 # %% ../../nbs/2_training/05_method.ipynb #3e6f5f82
-import importlib, inspect, json
+import inspect, json
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 import torch
 from torch import nn
 
-from ..core import find_subclass
 from ..localize.base import HeadMaps
 from ..nets.heads import BagHead, GAPHead
 from ..nets.model import wsol_model
+from ..registry import entries, find, method
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 
@@ -37,8 +37,18 @@ class Method:
     def head(self):
         "Callable (in_features, n_classes) -> head."
         takes = inspect.signature(self.Head).parameters
+        self._check_fields(takes)
         head = partial(self.Head, **{f.name: getattr(self, f.name) for f in fields(self) if f.name in takes})
         return partial(BagHead, head=head) if self.targets == 'bag' else head
+
+    def _check_fields(self, takes):
+        "A field that neither the head nor an overridden method takes would do nothing."
+        cls = type(self)
+        plain = all(getattr(cls, k) is getattr(Method, k) for k in ('model', 'loss', 'callbacks', 'localizer'))
+        lost = [f.name for f in fields(self) if f.name not in takes and f.name != 'targets']
+        if plain and lost:
+            raise ValueError(f'{lost[0]}: {cls.__name__} declares it, but {self.Head.__name__} has no such '
+                             f'parameter; it takes {", ".join(list(takes)[2:]) or "none"}')
 
     def model(self, arch, n_classes, **kw)->nn.Module:
         "The network; `kw` as for `wsol_model`."
@@ -69,6 +79,7 @@ class Method:
     def begin(self, learn):
         "Last word on a new learner before it trains, e.g. to put in what the first stage has learnt."
 
+@method(stages=1, paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
 @dataclass
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
@@ -78,26 +89,31 @@ def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
     "A method as plain JSON types; TypeError where it would not come back from them."
-    strange = set(vars(type(method)).get('__annotations__', {})) - {f.name for f in fields(method)}
-    if strange: raise TypeError(f'method: {type(method).__name__} declares {", ".join(sorted(strange))} but is no @dataclass, so they would be lost')
+    cls = type(method)
+    strange = set(vars(cls).get('__annotations__', {})) - {f.name for f in fields(method)}
+    if strange:
+        raise TypeError(f'method: {cls.__name__} declares {", ".join(sorted(strange))} but is no '
+                        '@dataclass, so they would be lost')
     try: json.dumps(asdict(method))
-    except TypeError as e: raise TypeError(f'method: the fields of {type(method).__name__} must be numbers, strings, lists or None, to be saved by name ({e})') from None
-    return dict(name=type(method).__name__, module=type(method).__module__, params=asdict(method))
+    except TypeError as e:
+        raise TypeError(f'method: the fields of {cls.__name__} must be numbers, strings, lists or '
+                        f'None, to be saved by name ({e})') from None
+    return dict(name=cls.__name__, module=cls.__module__, params=asdict(method))
 
-_HOMES = ('wsol_nb.bottomup', 'wsol_nb.fcam', 'wsol_nb.negev') # later modules in which methods are at home; imported when a method is looked up
-
+# %% ../../nbs/2_training/05_method.ipynb #531340e2
 def find_method(
-    name:str, # class name, any case, e.g. 'GAP' or 'gap'
+    name:str, # class name, any case, e.g. 'GAP' or 'gap', or 'module:Class'
 )->type:
-    "A `Method` subclass by name."
-    return find_subclass(Method, name, _HOMES, f'method={name!r}')
+    "A registered `Method` by name."
+    return find('method', name, f'method={name!r}')
 
 def method_from_dict(
     d:dict, # from `method_to_dict`
 )->Method:
-    "The method of a saved run."
-    if d['module'].startswith('wsol_nb.'): importlib.import_module(d['module'])
-    return find_method(d['name'])(**d['params'])
+    "The method of a saved run; the library's own whatever module it was in when it was saved."
+    own = entries('method').get(d['name'])
+    moved = d['module'].startswith('wsol_nb.') and own and own.module.startswith('wsol_nb.')
+    return find_method(own.path if moved else f"{d['module']}:{d['name']}")(**d['params'])
 
 # %% ../../nbs/2_training/05_method.ipynb #3c2eef1b
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
