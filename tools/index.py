@@ -17,12 +17,13 @@ DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'H
 
 
 def registered(tree):
-    "(kind, name, facts) of the decorated classes and commands of a module."
+    "(kind, name, docstring, facts) of the decorated classes and commands of a module."
     for node in tree.body:
         for d in getattr(node, 'decorator_list', []):
             if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id in KINDS:
                 literal = {k.arg: k.value for k in d.keywords if not isinstance(k.value, ast.Lambda)}
-                yield d.func.id, node.name, {k: ast.literal_eval(v) for k, v in literal.items()}
+                doc = (ast.get_docstring(node) or '').split('\n')[0]
+                yield d.func.id, node.name, doc, {k: ast.literal_eval(v) for k, v in literal.items()}
 
 
 def render():
@@ -32,9 +33,9 @@ def render():
         if file.name.startswith('_'): continue
         module = '.'.join(file.relative_to(root).with_suffix('').parts)
         tree = ast.parse(file.read_text(encoding='utf-8'))
-        for kind, name, facts in registered(tree):
+        for kind, name, doc, facts in registered(tree):
             if name in index[kind]: raise SystemExit(f'{kind} {name}: both in {index[kind][name][0]} and in {module}')
-            index[kind][name] = module, facts
+            index[kind][name] = module, doc, facts
         defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         door |= {n: module for n in DOOR if n in defined}
     if lost := set(DOOR) - set(door): raise SystemExit(f'tools/index.py: {", ".join(sorted(lost))} is defined nowhere')

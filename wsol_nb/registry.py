@@ -23,6 +23,7 @@ class Entry:
     kind: str # one of `KINDS`
     name: str # of the class
     module: str # where it is at home
+    doc: str # first line of its docstring
     facts: dict # what its decorator says: needs, passes, stages, paper, bib, …
 
     @property
@@ -41,27 +42,29 @@ def entries(
 )->dict: # {name: Entry}, by name
     "All that is registered of a kind, the package's own first."
     if kind not in KINDS: raise ValueError(f'kind={kind!r}: expected {", ".join(KINDS)}')
-    indexed = {n: Entry(kind, n, module, facts) for n, (module, facts) in INDEX[kind].items()}
+    indexed = {n: Entry(kind, n, *about) for n, about in INDEX[kind].items()}
     return indexed | {e.name: e for e in _OWN[kind].values()}
 
 # %% ../nbs/0_ground/01_registry.ipynb #38760f7c
+_LOADED = {} # path -> class; what a notebook defines cannot be imported again
+
 def register(
     kind:str, # one of `KINDS`
     **facts # what others must know: plain numbers, strings and tuples
 ):
     "Decorator: the class is known by its name."
     def note(cls):
+        name, doc = cls.__name__, (cls.__doc__ or '').split('\n')[0]
+        entry = Entry(kind, name, cls.__module__, doc, facts)
         known = {n.lower(): e for n, e in entries(kind).items()}
-        other, path = known.get(cls.__name__.lower()), f'{cls.__module__}:{cls.__qualname__}'
-        if other and other.path != path:
-            raise ValueError(f'{kind} {cls.__name__}: {path} has the name of {other.path}; rename one')
-        if not other or cls.__name__ not in INDEX[kind]:
-            _OWN[kind][cls.__name__] = Entry(kind, cls.__name__, cls.__module__, facts)
-            _LOADED[path] = cls
+        other = known.get(name.lower(), entry)
+        if other.path == entry.path and name in INDEX[kind]: return cls
+        own_notebook = entry.module == '__main__' and other.doc == doc
+        if other.path != entry.path and not own_notebook:
+            raise ValueError(f'{kind} {name}: {entry.path} has the name of {other.path}; rename one')
+        if not own_notebook or other is entry: _OWN[kind][name], _LOADED[entry.path] = entry, cls
         return cls
     return note
-
-_LOADED = {} # path -> class, where its module cannot be imported again (a notebook)
 
 # %% ../nbs/0_ground/01_registry.ipynb #3594edf0
 def localizer(**facts):
@@ -130,7 +133,7 @@ def find(
 # %% ../nbs/0_ground/01_registry.ipynb #79f220e7
 def at_the_door()->dict: # {name: module}
     "The names that `wsol_nb` itself offers: everything registered, and the functions of everyday."
-    classes = {n: module for kind in KINDS[:4] for n, (module, _) in INDEX[kind].items()}
+    classes = {n: about[0] for kind in KINDS[:4] for n, about in INDEX[kind].items()}
     return classes | DOOR
 
 def open_door(name:str):

@@ -20,6 +20,16 @@ from ..registry import entries, find, method
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 
+# %% ../../nbs/2_training/05_method.ipynb #53fc4bf9
+def _check_fields(method, takes):
+    "A field that neither the head nor an overridden method takes would do nothing."
+    cls, hooks = type(method), ('model', 'loss', 'callbacks', 'localizer')
+    overrides = any(getattr(cls, k) is not getattr(Method, k) for k in hooks)
+    lost = [f.name for f in fields(method) if f.name not in takes and f.name != 'targets']
+    if lost and not overrides:
+        raise ValueError(f'{lost[0]}: {cls.__name__} declares it, but {method.Head.__name__} has no '
+                         f'such parameter; it takes {", ".join(list(takes)[2:]) or "none"}')
+
 # %% ../../nbs/2_training/05_method.ipynb #c98a9eaa
 @dataclass
 class Method:
@@ -37,18 +47,9 @@ class Method:
     def head(self):
         "Callable (in_features, n_classes) -> head."
         takes = inspect.signature(self.Head).parameters
-        self._check_fields(takes)
+        _check_fields(self, takes)
         head = partial(self.Head, **{f.name: getattr(self, f.name) for f in fields(self) if f.name in takes})
         return partial(BagHead, head=head) if self.targets == 'bag' else head
-
-    def _check_fields(self, takes):
-        "A field that neither the head nor an overridden method takes would do nothing."
-        cls = type(self)
-        plain = all(getattr(cls, k) is getattr(Method, k) for k in ('model', 'loss', 'callbacks', 'localizer'))
-        lost = [f.name for f in fields(self) if f.name not in takes and f.name != 'targets']
-        if plain and lost:
-            raise ValueError(f'{lost[0]}: {cls.__name__} declares it, but {self.Head.__name__} has no such '
-                             f'parameter; it takes {", ".join(list(takes)[2:]) or "none"}')
 
     def model(self, arch, n_classes, **kw)->nn.Module:
         "The network; `kw` as for `wsol_model`."
@@ -79,6 +80,7 @@ class Method:
     def begin(self, learn):
         "Last word on a new learner before it trains, e.g. to put in what the first stage has learnt."
 
+# %% ../../nbs/2_training/05_method.ipynb #6ad29e7f
 @method(stages=1, paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
 @dataclass
 class GAP(Method):

@@ -77,9 +77,9 @@ def save_run(
     "Save weights, config and history of a learner."
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_weights(learn.model, path/'model.safetensors')
     write_json(path/'config.json', run_config(learn, **more))
     write_history(learn, path)
+    save_weights(learn.model, path/'model.safetensors') # last: where they are, the run is complete
     return path
 
 def write_history(learn, path):
