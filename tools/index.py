@@ -13,7 +13,8 @@ KINDS = ('localizer', 'method', 'head', 'world', 'command')
 DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'Head', 'load_run', 'save_run', 'score_run',
         'LocalizationInterpretation', 'Report', 'Scorer', 'MapStore', 'LabelStore', 'check_manifest', 'read_metadata',
         'folder_manifest', 'write_world', 'score_maps', 'write_maps', 'localize_all', 'wsol_model', 'load_body',
-        'sample_seeds', 'peak_responses', 'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed']
+        'sample_seeds', 'peak_responses', 'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam', 'adamw',
+        'fit_run', 'run_grid', 'read_results']
 
 
 def registered(tree):
@@ -37,6 +38,7 @@ def render():
             if name in index[kind]: raise SystemExit(f'{kind} {name}: both in {index[kind][name][0]} and in {module}')
             index[kind][name] = module, doc, facts
         defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        defined |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
         door |= {n: module for n in DOOR if n in defined}
     if lost := set(DOOR) - set(door): raise SystemExit(f'tools/index.py: {", ".join(sorted(lost))} is defined nowhere')
     body = f'INDEX = {pprint.pformat(index, width=110, sort_dicts=True)}\n\nDOOR = {pprint.pformat(door, width=110)}\n'
