@@ -103,8 +103,7 @@ elif sys.argv[3] == 'torchrun':
     dist.init_process_group('gloo')
 import wsol_nb.core, torch
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.localize import HeadMaps, evaluate
-from wsol_nb.models import wsol_model
+from wsol_nb import HeadMaps, evaluate, wsol_model
 torch.manual_seed(0)
 dls = WSOLDataLoaders.from_metadata(sys.argv[1], 'SYNTH', size=64, bs=4, device='cpu')
 r = evaluate(HeadMaps(wsol_model('resnet10t', dls.c, verbose=False)), dls, 'test', progress=False)
@@ -156,8 +155,7 @@ def test_killed_and_restarted_from_files(world, tmp_path):
     slow.write_text('''
 import sys, time
 import wsol_nb.core
-from wsol_nb.data.manifest import MapStore, read_metadata
-from wsol_nb.stored import score_maps
+from wsol_nb import MapStore, read_metadata, score_maps
 class Slow(MapStore):
     def load(self, image_id): time.sleep(.1); return super().load(image_id)
 score_maps(Slow(sys.argv[1]), read_metadata(sys.argv[2], 'SYNTH'), 'train', size=112, journal=sys.argv[3], every=0, progress=False, name='maps in maps', dataset='SYNTH', fixed_tau=.2, mask_tau=.5, first_box=False)

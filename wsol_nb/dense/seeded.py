@@ -23,6 +23,7 @@ from ..localize.mirrored import Mirrored, check_views
 from ..nets.decoder import FullMaps, FullModel
 from ..nets.heads import GAPHead
 from ..nets.model import Head
+from ..registry import name_of
 from ..train.method import Method, method_from_dict
 from ..train.stages import SecondStage
 from fastai.callback.core import Callback
@@ -117,7 +118,8 @@ class SeededMaps(SecondStage):
         super().__post_init__()
         if not isinstance(self.seeds, (str, type)): raise TypeError(f'seeds: expected the name or the class of a localizer (with seeds_params), got {type(self.seeds).__name__}')
         check_views(self.views)
-        self.seeds = find_localizer(self.seeds.__name__ if isinstance(self.seeds, type) else self.seeds).__name__.lower()
+        kind = self.seeds if isinstance(self.seeds, type) else find_localizer(self.seeds)
+        self.seeds = name_of('localizer', kind)
 
     def model(self, arch, n_classes, **kw):
         return FullModel(method_from_dict(self.classifier).model(arch, n_classes, **kw), self.widths, self.freeze, self.loss_stride)
