@@ -1,9 +1,9 @@
-"""Every registered localizer keeps the contract on every net of the support matrix, heads and methods likewise.
+"""Every registered localizer keeps the contract on every net of the support matrix; heads and methods too.
 
-The registry says who is asked, so that a new class is asked without an edit here; NETS says on what (name, how to
-make it). The whole contract is asked on small nets; TEN are the architectures that people use, each asked once. The
-tables by name hold what is special: cheap settings, nets to which a localizer does not apply (there the test is the
-clear error), maps that are empty or rough.
+The registry says who is asked, so that a new class is asked without an edit here; NETS says on what (name,
+how to make it). The whole contract is asked on small nets; TEN are the architectures that people use, each
+asked once. The tables by name hold what is special: cheap settings, nets to which a localizer does not apply
+(there the test is the clear error), maps that are empty or rough.
 """
 import copy
 import difflib
@@ -61,9 +61,9 @@ NETS = {a: (lambda a=a, s=s: wsol_model(a, 5, stride=s, verbose=False)) for a, s
 GIVEN = {'class maps', 'gradients', 'features', 'a linear head', 'ReLU', 'another localizer'}
 # registered, and asked by other tests
 ELSEWHERE = dict(QuietMaps='HeadMaps, but for negative classes: tests/test_negev.py')
-SETTINGS = dict(SmoothGradCAMPlusPlus=dict(n=2), ScoreCAM=dict(channels=8, bs=6), SSCAM=dict(channels=4, n=2, std=.5, bs=6),
-                ISCAM=dict(channels=4, n=2, bs=6), AblationCAM=dict(channels=8, bs=6), FeedbackCAM=dict(steps=2),
-                Mirrored=dict(of=GradCAM)) # small budgets
+SETTINGS = dict(ScoreCAM=dict(channels=8, bs=6), SSCAM=dict(channels=4, n=2, std=.5, bs=6),
+                ISCAM=dict(channels=4, n=2, bs=6), AblationCAM=dict(channels=8, bs=6),
+                FeedbackCAM=dict(steps=2), SmoothGradCAMPlusPlus=dict(n=2), Mirrored=dict(of=GradCAM)) # small budgets
 VARIANTS = dict(Contrastive=('ExcitationBackprop', dict(contrastive=True))) # name -> (localizer, settings)
 
 
@@ -97,14 +97,17 @@ UNSUPPORTED |= {('CAM', a): (ValueError, 'are no linear layer of the average of'
                 for a in ('vgg16', 'convnext_tiny', 'ghostnet_100')}
 UNSUPPORTED |= {(l, a): (ValueError, 'is defined behind a ReLU')
                 for a in ('efficientnet_b0', 'convnext_tiny') for l in ('ExcitationBackprop', 'Contrastive')}
-UNSUPPORTED |= {('FeedbackCAM', a): (ValueError, 'no ReLU ran in') for a in ('efficientnet_b0', 'convnext_tiny')}
+UNSUPPORTED |= {('FeedbackCAM', a): (ValueError, 'no ReLU ran in')
+                for a in ('efficientnet_b0', 'convnext_tiny')}
 # positive weights on features that are mostly negative: ReLU leaves nothing
 EMPTY = {(l, 'convnext_tiny') for l in ('GradCAMPlusPlus', 'SmoothGradCAMPlusPlus')}
 EMPTY |= {('AblationCAM', 'ghostnet_100')} # eight of 160 channels, which are negative
-ROUGH = {'FeedbackCAM'} # the image's own gradient: rounding turns ReLUs and maxima over, all through a random net
+# the image's own gradient: rounding turns ReLUs and maxima over, all through a random net
+ROUGH = {'FeedbackCAM'}
 
 # on what
-SMALL = {l: ['resnet10t', 'mobilenetv2_035', 'Sequential'] for l in TOP_DOWN} | {l: list(ARCHS) for l in CLASS_MAPS}
+SMALL = {l: ['resnet10t', 'mobilenetv2_035', 'Sequential'] for l in TOP_DOWN}
+SMALL |= {l: list(ARCHS) for l in CLASS_MAPS}
 SMALL |= dict(SSCAM=['resnet10t'], ISCAM=['resnet10t'])
 LABELS = {n: dict(MaxHead='MaxPool').get(n, n.removesuffix('Head')) for n in HEADS} # in the names of tests
 
@@ -480,6 +483,7 @@ def test_methods(name):
     method = METHODS[name].load()(**stage1)
     assert method_from_dict(json.loads(json.dumps(method_to_dict(method)))) == method
     model = method.model('resnet10t', 5, stride=16, verbose=False)
-    assert callable(method.loss()) and all(p.requires_grad for group in method.param_groups(model) for p in group)
+    assert callable(method.loss())
+    assert all(p.requires_grad for group in method.param_groups(model) for p in group)
     maps = method.localizer(model)(images(n=2), 1)
     assert maps.shape == (2, 64, 96) and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
