@@ -263,7 +263,8 @@ def test_dual_ascent_equal_bounds_confident_and_batch():
     p = dual_ascent(s, (None, 120), (None, 120))
     assert (p.gap <= .5).all() and torch.allclose(size(p.q)[:, 1], torch.tensor([[120.]]), atol=.6), (p.gap, p.steps)
     for i in range(3): # an image does not depend on its batch
-        assert torch.equal(dual_ascent(s[i:i + 1], (None, 120), (None, 120)).q, p.q[i:i + 1])
+        alone = dual_ascent(s[i:i + 1], (None, 120), (None, 120)).q
+        assert alone.shape == p.q[i:i + 1].shape and torch.allclose(alone, p.q[i:i + 1], atol=1e-5) # sums are rounded
     short = dual_ascent(s, (None, 120), steps=2)
     assert short.steps == 2 and short.gap.max() > .5 # said, not hidden
 

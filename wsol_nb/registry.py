@@ -59,10 +59,10 @@ def register(
         known = {n.lower(): e for n, e in entries(kind).items()}
         other = known.get(name.lower(), entry)
         if other.path == entry.path and name in INDEX[kind]: return cls
-        own_notebook = entry.module == '__main__' and other.doc == doc
+        own_notebook = entry.module == '__main__' and other.path != entry.path and other.doc == doc
         if other.path != entry.path and not own_notebook:
             raise ValueError(f'{kind} {name}: {entry.path} has the name of {other.path}; rename one')
-        if not own_notebook or other is entry: _OWN[kind][name], _LOADED[entry.path] = entry, cls
+        if not own_notebook: _OWN[kind][name], _LOADED[entry.path] = entry, cls
         return cls
     return note
 
@@ -90,16 +90,22 @@ def _nearest(name, known, n=3):
     near = [names[m] for m in difflib.get_close_matches(name.lower(), names, n=n, cutoff=.5)]
     return f'did you mean {", ".join(near)}?' if near else f'known: {", ".join(sorted(known))}'
 
+# %% ../nbs/0_ground/01_registry.ipynb #ae66c60a
 def import_file(
     path, # of a Python file that registers something
 ):
     "Import a file of one's own, so that what it registers is known by name."
     path = Path(path)
     if not path.is_file(): raise ValueError(f'import: {path} is no file')
-    if path.stem in sys.modules: return sys.modules[path.stem]
+    known = sys.modules.get(path.stem)
+    if known and Path(getattr(known, '__file__', None) or '').resolve() == path.resolve(): return known
+    if known: raise ValueError(f'import: {path} has the name of a module that is imported; rename the file')
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try: spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem] # not half a module
+        raise
     return module
 
 # %% ../nbs/0_ground/01_registry.ipynb #fff39fd7

@@ -22,7 +22,9 @@ def _make_method(name, params, **given):
         k, _, v = part.partition('=')
         if k.strip() not in inspect.signature(cls).parameters: raise ValueError(f'params: {cls.__name__} has no {k.strip()!r}; it has {", ".join(inspect.signature(cls).parameters) or "none"}')
         try: kw[k.strip()] = json.loads(v)
-        except json.JSONDecodeError: kw[k.strip()] = v
+        except json.JSONDecodeError:
+            try: kw[k.strip()] = float(v) # .2 is no JSON
+            except ValueError: kw[k.strip()] = v
     return cls(**kw)
 
 def data_source(data, dataset):
