@@ -6,6 +6,8 @@
 __all__ = ['learner_from_config', 'tau_to_keep', 'finish_run', 'fit_left', 'fit_run']
 
 # %% ../../nbs/2_training/12_fit.ipynb #7de5bed6
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..scoring.loop import evaluate
@@ -66,16 +68,20 @@ def fit_left(
         learn.fit_one_cycle(train['epochs'], slice(train['lr'], train['lr_head']))
     return done
 
+# %% ../../nbs/2_training/12_fit.ipynb #ce1ba4e6
 def fit_run(
     config:dict, # see the table
     out, # run folder; a checkpoint in it is gone on from
     progress:bool=True, # bars, and fastai's log
 ): # (the learner, the report on the split that tunes or None)
-    "Train what a config says, or what is left of it, and save the run."
+    "Train what a config says, or what is left of it, and save the run with the time it took."
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out)/'config.json', config)
-    learn = learner_from_config(config, out)
-    if progress: fit_left(learn, config['train'], out)
-    else:
-        with learn.no_bar(), learn.no_logging(): fit_left(learn, config['train'], out)
-    return learn, finish_run(learn, config['train'], out, progress)
+    learn, train = learner_from_config(config, out), config['train']
+    cpu, wall = time.process_time(), time.time()
+    with nullcontext() if progress else learn.no_bar():
+        with nullcontext() if progress else learn.no_logging(): done = fit_left(learn, train, out)
+    took = dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.time() - wall)
+    left = train['epochs'] - done # the time of all epochs is told from those of this process
+    took = {k: round(v*train['epochs']/left, 1) for k, v in took.items()} if left else {}
+    return learn, finish_run(learn, train | took, out, progress)
