@@ -8,6 +8,7 @@ __all__ = ['wsol_data']
 # %% ../../nbs/9_tools/05_data.ipynb #0e2b5e43
 from .command import command
 from .train import data_source
+from ..registry import entries, find
 
 # %% ../../nbs/9_tools/05_data.ipynb #5bb72181
 def _summary(df):
@@ -46,12 +47,12 @@ def wsol_data(
     from wsol_nb.data.metadata import read_metadata
     if command == 'synth':
         from wsol_nb.data.worlds.disk import write_world
-        from wsol_nb.data.worlds.objects import ObjectsWorld
-        from wsol_nb.data.worlds.tissue import TissueWorld
-        counts, worlds = {k: v for k, v in dict(n_train=n_train, n_val=n_val, n_test=n_test).items() if v is not None}, dict(objects=ObjectsWorld, tissue=TissueWorld)
+        worlds = {n.removesuffix('World').lower(): n for n in entries('world')}
         if world not in worlds: raise ValueError(f'world={world!r}: expected {" or ".join(worlds)}')
-        write_world(root=root, world=worlds[world](), seed=seed, overwrite=overwrite, **counts)
-        df = read_metadata(root, worlds[world].dataset)
+        kind, counts = find('world', worlds[world]), dict(n_train=n_train, n_val=n_val, n_test=n_test)
+        counts = {k: v for k, v in counts.items() if v is not None}
+        write_world(root=root, world=kind(), seed=seed, overwrite=overwrite, **counts)
+        df = read_metadata(root, kind.dataset)
     elif command == 'check':
         s = data_source(root, dataset)
         negative = None if negative is None else _class_ids(negative)
