@@ -118,8 +118,7 @@ class SeededMaps(SecondStage):
         super().__post_init__()
         if not isinstance(self.seeds, (str, type)): raise TypeError(f'seeds: expected the name or the class of a localizer (with seeds_params), got {type(self.seeds).__name__}')
         check_views(self.views)
-        kind = self.seeds if isinstance(self.seeds, type) else find_localizer(self.seeds)
-        self.seeds = name_of('localizer', kind)
+        self.seeds = name_of('localizer', self.seeds if isinstance(self.seeds, type) else find_localizer(self.seeds))
 
     def model(self, arch, n_classes, **kw):
         return FullModel(method_from_dict(self.classifier).model(arch, n_classes, **kw), self.widths, self.freeze, self.loss_stride)
