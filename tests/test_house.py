@@ -144,3 +144,17 @@ def test_version():
     cfg = configparser.ConfigParser(delimiters=['='])
     cfg.read(root/'settings.ini')
     assert wsol_nb.__version__ == cfg['DEFAULT']['version'] and wsol_nb.__version__ in (root/'CHANGELOG.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['oldest', 'newest'])
+def test_frozen_releases_are_allowed(name):
+    "The frozen sets fit settings.ini; the oldest one is its lower bounds. `make lock` renews them."
+    from packaging.requirements import Requirement
+    cfg = configparser.ConfigParser(delimiters=['='])
+    cfg.read(root/'settings.ini')
+    lines = [Requirement(l) for l in (root/f'constraints-{name}.txt').read_text().splitlines() if not l.startswith('#')]
+    pinned = {}
+    for r in lines: pinned.setdefault(r.name, set()).update(s.version for s in r.specifier)
+    for r in map(Requirement, cfg['DEFAULT']['requirements'].split()):
+        assert r.name in pinned, f'{r.name}: not in constraints-{name}.txt'
+        assert all(r.specifier.contains(v) for v in pinned[r.name]), f'{r} is not met by {pinned[r.name]}; run make lock'
