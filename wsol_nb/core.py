@@ -7,7 +7,7 @@ __all__ = ['set_seed', 'notebook_defaults', 'assert_same', 'minmax', 'check_scor
            'read_image', 'did_you_mean', 'env_folder', 'whole_file', 'find_subclass', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
-import ctypes, difflib, importlib.util, os, random, re, sys, uuid
+import ctypes, difflib, importlib.util, os, random, re, sys, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -190,3 +190,6 @@ def _declare_torchvision_ops():
     return lib
 
 _torchvision_lib = _declare_torchvision_ops()
+
+# %% ../nbs/0_ground/00_core.ipynb #4800f901
+warnings.filterwarnings('ignore', '`torch.jit.script` is', FutureWarning)
