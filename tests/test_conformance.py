@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from wsol_nb.cam.gradient import GradCAM, LayerCAM, localize_all
+from wsol_nb.cam.gradient import GradCAM, LayerCAM, XGradCAM, localize_all
 from wsol_nb.cam.layers import LayerLocalizer
 from wsol_nb.nets.decoder import FullModel
 from wsol_nb.localize.base import HeadMaps, Localizer
