@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'notebook_defaults', 'assert_same', 'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage',
-           'read_image', 'did_you_mean', 'env_folder', 'whole_file', 'find_subclass', 'keep_memory']
+           'read_image', 'env_folder', 'whole_file', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
-import ctypes, difflib, importlib.util, os, random, re, sys, uuid, warnings
+import ctypes, importlib.util, os, random, re, sys, uuid, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,17 +119,6 @@ def read_image(
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise BadImage(f'{path}: cannot be read as an image ({type(e).__name__}: {e})') from None
 
-# %% ../nbs/0_ground/00_core.ipynb #924362a5
-def did_you_mean(
-    name:str, # what came
-    known, # the names there are
-    n:int=3, # how many to offer
-)->str: # a sentence to end an error message with
-    "The known names nearest to `name`, case apart, for error messages."
-    names = {str(k).lower(): str(k) for k in known}
-    near = [names[m] for m in difflib.get_close_matches(str(name).lower(), names, n=n, cutoff=.5)]
-    return f'did you mean {", ".join(near)}?' if near else f'known: {", ".join(sorted(names.values())[:8])}{" …" if len(names) > 8 else ""}'
-
 # %% ../nbs/0_ground/00_core.ipynb #6bb72262
 def env_folder(
     name:str, # 'WSOL_DATA' or 'WSOL_WEIGHTS'
@@ -153,21 +142,6 @@ def whole_file(
         yield part
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
-
-# %% ../nbs/0_ground/00_core.ipynb #a0031cbf
-def find_subclass(
-    base:type, # what it is a subclass of
-    name:str, # class name, any case
-    homes=(), # modules to import before looking
-    title:str='name', # how the message begins
-)->type:
-    "A subclass of `base` by name, or a ValueError that offers the nearest ones."
-    for m in homes: importlib.import_module(m)
-    def below(c): return [s for k in c.__subclasses__() for s in (k, *below(k))]
-    known = {c.__name__: c for c in below(base)}
-    found = next((c for n, c in known.items() if n.lower() == name.lower()), None)
-    if found is None: raise ValueError(f'{title}: {did_you_mean(name, known)} (one of your own must be imported first)')
-    return found
 
 # %% ../nbs/0_ground/00_core.ipynb #e8b162e1
 def keep_memory()->bool: # whether there was anything to set

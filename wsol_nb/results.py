@@ -14,7 +14,8 @@ import torch
 from filelock import FileLock
 
 import wsol_nb
-from .core import did_you_mean, whole_file
+from .core import whole_file
+from .registry import did_you_mean
 
 # %% ../nbs/0_ground/02_results.ipynb #ee7fb157
 def hardware()->dict: # {'cpu', 'cores', 'gpu'}

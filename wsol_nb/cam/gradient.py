@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import LayerLocalizer
-from ..core import did_you_mean
+from ..registry import did_you_mean
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #8a5cf8e8

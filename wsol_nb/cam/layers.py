@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from ..core import did_you_mean
+from ..registry import did_you_mean
 from ..localize.base import Localizer
 
 # %% ../../nbs/3_cam/01_layers.ipynb #72fce66c

@@ -13,7 +13,7 @@ from .command import command
 # %% ../../nbs/9_tools/03_evaluate.ipynb #30f818ff
 def _metadata(metadata, dataset):
     "Root and dataset from a WSOL root, its metadata folder, or a dataset's folder in it."
-    from wsol_nb.core import did_you_mean
+    from wsol_nb.registry import did_you_mean
     from wsol_nb.data.metadata import datasets_in
     p = Path(metadata).resolve()
     root = next((q.parent for q in (p, *p.parents) if q.name == 'metadata'), p)
@@ -25,7 +25,8 @@ def _metadata(metadata, dataset):
 
 def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
     "Score stored maps; τ is carried over where the other split's maps are there too."
-    from wsol_nb.core import did_you_mean, env_folder
+    from wsol_nb.core import env_folder
+    from wsol_nb.registry import did_you_mean
     from wsol_nb.data.metadata import read_metadata
     from wsol_nb.data.stores import MapStore
     from wsol_nb.scoring.stored import score_maps

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 
-from ..core import did_you_mean, env_folder
+from ..core import env_folder
+from ..registry import did_you_mean
 from .check import check_manifest, drop_bad
 from .dataset import WSOLDL, DataInfo, LocalizableSplit, WSOLDataset
 from .formats import folder_manifest

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import did_you_mean
+from ..registry import did_you_mean
 from .manifest import COLUMNS, SUFFIXES, VIDEO, describe_problems, problem_table
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #14d5b450

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import did_you_mean
+from ..registry import did_you_mean
 from .partial import check_maps, describe, widen
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #9d1c153e

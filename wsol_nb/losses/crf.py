@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import did_you_mean
+from ..registry import did_you_mean
 
 # %% ../../nbs/4_losses/02_crf.ipynb #102d0504
 def crf_features(

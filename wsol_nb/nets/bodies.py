@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import did_you_mean, env_folder
+from ..core import env_folder
+from ..registry import did_you_mean
 import timm
 
 # %% ../../nbs/2_training/01_bodies.ipynb #2bcd4410

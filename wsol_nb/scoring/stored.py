@@ -18,7 +18,7 @@ import wsol_nb
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from ..core import did_you_mean
+from ..registry import did_you_mean
 from ..data.stores import MapStore, Truth
 from ..localize.maps import reference_score_map
 from .loop import make_report
