@@ -1,50 +1,53 @@
 "What notebooks cannot see: imports in fresh processes, the order of modules, the form of the notebooks."
-import ast
 import configparser
 import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
+import house
+
 NOTEBOOKS = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(root).parts[1:]))
 
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 
 
-def exports(nb):
-    "The module that a notebook exports, or None."
-    found = (re.match(r'#\|\s*default_exp\s+(\S+)', ''.join(c['source'])) for c in cells(nb)[:3])
-    return next((f'wsol_nb.{m[1]}' for m in found if m), None)
-
-
-def chapter(module): return HOME[module].parent.name
-
-
-HOME = {exports(nb): nb for nb in NOTEBOOKS if exports(nb)} # module -> notebook, in the order of chapters and numbers
-MODULES = list(HOME)
+MODULES = list(house.homes()) # in the order of chapters and numbers
 # training and what stands on it; core maths (metrics, localizers, nets, losses, seeds) is usable without fastai
 WITH_FASTAI = {m for m in MODULES if re.match(r'wsol_nb\.(data\.(dataset|loaders)|train|methods|cli|dense\.(seeded|fcam|negev))\b', m)}
 LONGEST = 300 # lines of a module
 
 
-def source(module): return root/(module.replace('.', '/') + '.py')
+# Other people's libraries are loaded once, and each module is imported in a fork, where nothing of ours is there yet.
+ALONE = """
+import importlib, os, sys, warnings
+import cv2, matplotlib.pyplot, numba, numpy, pandas, scipy, torch
+assert not {'fastai', 'wsol_nb'} & set(sys.modules)
+warnings.filterwarnings('error', category=DeprecationWarning, module='wsol_nb')
+for name in sys.argv[1:]:
+    if not os.fork():
+        importlib.import_module(name)
+        print(name, 'fastai' in sys.modules, flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-@pytest.mark.parametrize('fastai', [False, True], ids=['core', 'with fastai'])
-def test_every_module_imports(fastai):
-    "The last ones first, so that each is imported with little before it; core maths brings no fastai along."
-    names = [m for m in reversed(MODULES) if (m in WITH_FASTAI) == fastai]
-    probe = 'import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module(m)\nprint("fastai" in sys.modules)'
-    command = [sys.executable, '-W', 'error::DeprecationWarning:wsol_nb', '-c', probe, *names]
-    r = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert r.returncode == 0, r.stderr[-1500:]
-    assert r.stdout.strip() == str(fastai), 'core maths imports fastai, but must not'
+def test_every_module_imports_alone():
+    def run(names): return subprocess.run([sys.executable, '-c', ALONE, *names], capture_output=True, text=True, cwd=root)
+    with ThreadPoolExecutor(2) as pool: done = [*pool.map(run, (MODULES[::2], MODULES[1::2]))]
+    said = dict(line.split() for r in done for line in r.stdout.splitlines())
+    missing = set(MODULES) - set(said)
+    assert not missing, f'{sorted(missing)}: {[r.stderr[-1500:] for r in done]}'
+    for m in MODULES:
+        if m not in WITH_FASTAI: assert said[m] == 'False', f'{m} imports fastai, but core maths must not'
 
 
 def test_modules_are_those_of_the_notebooks():
@@ -52,18 +55,9 @@ def test_modules_are_those_of_the_notebooks():
     assert made == set(MODULES), 'a module without its notebook is stale; a notebook without its module was not exported'
 
 
-def imported(module):
-    "(module of the library, name) that a module imports, also inside functions."
-    for node in ast.walk(ast.parse(source(module).read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import): yield from ((a.name, '') for a in node.names)
-        if not isinstance(node, ast.ImportFrom): continue
-        base = module.rsplit('.', node.level)[0] if node.level else '' # nbdev writes relative imports
-        yield from (('.'.join(filter(None, (base, node.module))), a.name) for a in node.names)
-
-
 def test_imports_go_down():
     "From a module to those before it: in its chapter, or in chapters before; never a private name."
-    arrows = {m: {(o, name) for o, name in imported(m) if o.startswith('wsol_nb.')} for m in MODULES}
+    arrows = {m: {(o, name) for o, name in house.imported(m) if o.startswith('wsol_nb.')} for m in MODULES}
     assert sum(map(len, arrows.values())) > 100, 'hardly an import of the library was seen; does this test still look?'
     for m, seen in arrows.items():
         for o, name in seen:
@@ -76,7 +70,7 @@ def test_imports_go_down():
 
 @pytest.mark.parametrize('module', MODULES)
 def test_modules_are_short(module):
-    n = len(source(module).read_text(encoding='utf-8').splitlines())
+    n = len(house.source(module).read_text(encoding='utf-8').splitlines())
     assert n <= LONGEST, f'{module} has {n} lines'
 
 

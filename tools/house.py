@@ -14,34 +14,41 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 
 
+def exported(nb):
+    "The module that a notebook exports, with the package's name, or None."
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells'][:3]
+    found = (re.match(r'#\|\s*default_exp\s+(\S+)', ''.join(c['source'])) for c in cells)
+    return next((f'wsol_nb.{m[1]}' for m in found if m), None)
+
+
 def homes():
-    "Module -> chapter, in reading order."
-    for nb in sorted((root/'nbs').glob('[0-9]_*/[0-9]*.ipynb')):
-        cells = json.loads(nb.read_text(encoding='utf-8'))['cells'][:3]
-        found = (re.match(r'#\|\s*default_exp\s+(\S+)', ''.join(c['source'])) for c in cells)
-        for m in filter(None, found): yield m[1], nb.parent.name
+    "Module -> its notebook, in reading order."
+    made = {exported(nb): nb for nb in sorted((root/'nbs').glob('[0-9]_*/[0-9]*.ipynb'))}
+    return {m: nb for m, nb in made.items() if m}
 
 
-def imports(module):
-    "The modules of the package that a module imports, also inside functions."
-    tree, name = ast.parse(source(module).read_text(encoding='utf-8')), f'wsol_nb.{module}'
-    for node in ast.walk(tree):
+def imported(module):
+    "(module, name) of everything that a module imports, also inside functions."
+    for node in ast.walk(ast.parse(source(module).read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from ((a.name, '') for a in node.names)
         if not isinstance(node, ast.ImportFrom): continue
-        base = name.rsplit('.', node.level)[0] if node.level else ''
-        full = '.'.join(filter(None, (base, node.module)))
-        if full.startswith('wsol_nb.') and not full.endswith('._index'): yield full.removeprefix('wsol_nb.')
+        base = module.rsplit('.', node.level)[0] if node.level else '' # nbdev writes relative imports
+        yield from (('.'.join(filter(None, (base, node.module))), a.name) for a in node.names)
 
 
-def source(module): return root/f'wsol_nb/{module.replace(".", "/")}.py'
+def source(module): return root/(module.replace('.', '/') + '.py')
 
 
 def main():
-    chapter, arrows, up = dict(homes()), Counter(), []
-    place = {m: i for i, m in enumerate(chapter)}
-    for i, (m, c) in enumerate(chapter.items()):
-        if i == 0 or c != list(chapter.values())[i - 1]: print(f'\n{c}')
-        seen = sorted(set(imports(m)), key=place.get)
-        print(f'  {m:24}{len(source(m).read_text().splitlines()):4} lines   {", ".join(seen)}')
+    chapter = {m: nb.parent.name for m, nb in homes().items()}
+    place, arrows, up, last = {m: i for i, m in enumerate(chapter)}, Counter(), [], None
+    for m, c in chapter.items():
+        if c != last: print(f'\n{c}')
+        last = c
+        seen = sorted({o for o, _ in imported(m) if o in place}, key=place.get)
+        lines = len(source(m).read_text(encoding='utf-8').splitlines())
+        short = lambda name: name.removeprefix('wsol_nb.')
+        print(f'  {short(m):24}{lines:4} lines   {", ".join(map(short, seen))}')
         arrows.update((c, chapter[o]) for o in seen)
         up += [f'{m} imports {o}, which comes later' for o in seen if place[o] >= place[m]]
     print('\nimports from chapter to chapter:')
