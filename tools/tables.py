@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from wsol_nb.data.worlds.base import World
 from wsol_nb.data.worlds.disk import write_world
-from wsol_nb.results import results_folder
+from wsol_nb.results import has_values, results_folder
 from wsol_nb.train.fit import fit_run
 from wsol_nb.train.grid import merged
 from wsol_nb.train.method import method_to_dict
@@ -118,14 +118,9 @@ def end(failed):
 
 # Rows
 
-def same(a, b)->bool:
-    "Whether two values of a table are the same; None becomes NaN on its way through a CSV."
-    return a == b or bool(pd.isna(a) and pd.isna(b))
-
-
 def has_row(rows, key)->bool:
     "Whether one of `rows` has all values of `key`."
-    return any(all(same(r.get(k), v) for k, v in key.items()) for r in rows)
+    return any(has_values(r, key) for r in rows)
 
 
 def row_of(report)->dict:

@@ -60,9 +60,13 @@ def read_results(
     raise ValueError(f'name={name!r}: {did_you_mean(name, known)}')
 
 # %% ../nbs/0_ground/02_results.ipynb #488ad7d4
-def has_values(row:dict, values:dict)->bool:
+def has_values(
+    row:dict, # from a CSV, on the way through which None has become NaN
+    values:dict,
+)->bool:
     "Whether a row has all of these values."
-    return all(row.get(k) == v for k, v in values.items())
+    same = lambda a, b: a == b or bool(pd.isna(a) and pd.isna(b))
+    return all(same(row.get(k), v) for k, v in values.items())
 
 # %% ../nbs/0_ground/02_results.ipynb #3bbb3e79
 class Rows:

@@ -6,7 +6,6 @@
 __all__ = ['read_mask', 'Truth', 'MapStore', 'LabelStore']
 
 # %% ../../nbs/0_ground/06_stores.ipynb #37c03df3
-import os
 from pathlib import Path
 
 import cv2
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import BadImage, check_boxes, check_score_map, resize_boxes
+from ..core import BadImage, check_boxes, check_score_map, resize_boxes, whole_file
 
 # %% ../../nbs/0_ground/06_stores.ipynb #fd74f77f
 def read_mask(
@@ -89,11 +88,7 @@ class MapStore:
         self._write(image_id, check_score_map(_array(score_map), name=f'map of {image_id}').astype(dtype))
 
     def _write(self, image_id, array):
-        p = self.path(image_id)
-        p.parent.mkdir(parents=True, exist_ok=True)
-        part = p.with_name(f'.{p.name}.{os.getpid()}')
-        with open(part, 'wb') as f: np.save(f, array)
-        os.replace(part, p)
+        with whole_file(self.path(image_id)) as part, open(part, 'wb') as f: np.save(f, array)
 
     def _read(self, image_id):
         f = self.find(image_id)

@@ -19,6 +19,7 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
 from ..registry import did_you_mean
+from ..core import whole_file
 from ..data.stores import MapStore, Truth
 from ..localize.maps import reference_score_map
 from .loop import make_report
@@ -69,9 +70,10 @@ class Journal:
     def save(self, scorer, now=False):
         "Write the state if it is time; it appears whole or not at all."
         if self.path is None or not now and time.time() - self.last < self.every: return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f'{self.path}.part', 'wb') as f: np.savez(f, print=self.print, **scorer.state()); f.flush(); os.fsync(f.fileno())
-        os.replace(f'{self.path}.part', self.path)
+        with whole_file(self.path) as part, open(part, 'wb') as f:
+            np.savez(f, print=self.print, **scorer.state())
+            f.flush()
+            os.fsync(f.fileno())
         self.last = time.time()
 
     def close(self):
