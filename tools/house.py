@@ -39,6 +39,12 @@ def imported(module):
 def source(module): return root/(module.replace('.', '/') + '.py')
 
 
+def length(module):
+    "Lines of a module that somebody wrote; nbdev adds a mark and a blank line for each cell."
+    lines = source(module).read_text(encoding='utf-8').splitlines()
+    return sum(bool(l.strip()) and not l.startswith('# %%') for l in lines)
+
+
 def main():
     chapter = {m: nb.parent.name for m, nb in homes().items()}
     place, arrows, up, last = {m: i for i, m in enumerate(chapter)}, Counter(), [], None
@@ -46,9 +52,8 @@ def main():
         if c != last: print(f'\n{c}')
         last = c
         seen = sorted({o for o, _ in imported(m) if o in place}, key=place.get)
-        lines = len(source(m).read_text(encoding='utf-8').splitlines())
         short = lambda name: name.removeprefix('wsol_nb.')
-        print(f'  {short(m):24}{lines:4} lines   {", ".join(map(short, seen))}')
+        print(f'  {short(m):24}{length(m):4} lines   {", ".join(map(short, seen))}')
         arrows.update((c, chapter[o]) for o in seen)
         up += [f'{m} imports {o}, which comes later' for o in seen if place[o] >= place[m]]
     print('\nimports from chapter to chapter:')
