@@ -58,21 +58,51 @@ def process():
     proc_nbs(force=True)
 
 
+def processed():
+    "Process all notebooks in a process of its own; the names of those that came through."
+    run = subprocess.run([sys.executable, __file__, '--process'], cwd=root, capture_output=True, text=True)
+    said = run.stdout + run.stderr
+    mixed = re.search(r'Found cells? containing imports and other code[^\n]*\n[^\n]*', said)
+    failed = re.search(r'Error in notebook|Traceback', said)
+    if run.returncode or mixed or failed: sys.exit(said[-3000:])
+    return {p.relative_to(root/'_proc').as_posix() for p in (root/'_proc').rglob('*.ipynb')}
+
+
+def render(quarto):
+    "The site into _docs. README.md is ours (tools/readme.py), so `nbdev_docs`, which writes it too, is not asked."
+    run = subprocess.run([quarto, 'render', '--no-cache'], cwd=root/'_proc', capture_output=True, text=True)
+    said = run.stdout + run.stderr
+    warned = re.findall(r'^.*\bWARN.*$', said, flags=re.M)
+    if run.returncode or warned: sys.exit('\n'.join([said[-3000:], *warned]))
+    shutil.rmtree(root/'_docs', ignore_errors=True)
+    shutil.move(root/'_proc/_docs', root/'_docs')
+    return sorted((root/'_docs').rglob('*.html'))
+
+
+def check_pages(pages):
+    "What went wrong on a page although quarto was content."
+    for page in pages:
+        text = page.read_text(encoding='utf-8')
+        if 'Traceback (most recent call last)' in text: yield f'{page.name}: a traceback'
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', text):
+            if not re.match(r'[a-z+]+:|//', link) and not (page.parent/link).exists():
+                yield f'{page.relative_to(root/"_docs")}: {link} leads nowhere'
+
+
 def main():
     faults = [*check_sidebar(), *check_links()]
     if faults: sys.exit('\n'.join(faults))
-    quarto = shutil.which('quarto')
-    command = [Path(sys.executable).parent/'nbdev_docs'] if quarto else [sys.executable, __file__, '--process']
-    run = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
-    said = run.stdout + run.stderr
-    if quarto: print(said)
-    bad = re.search(r'WARN.*(resolve|link)', said, flags=re.I) if quarto else re.search(r'Found cells? containing imports and other code[^\n]*\n[^\n]*', said)
-    if run.returncode or bad: sys.exit(said[-3000:] + (f'\n{bad[0]}' if bad else ''))
-    if quarto: return
-    made = {p.relative_to(root/'_proc').as_posix() for p in (root/'_proc').rglob('*.ipynb')}
-    missing = {n for n in notebooks() if n not in made}
+    made, quarto = processed(), shutil.which('quarto')
+    missing = notebooks() - made
     if missing: sys.exit(f'not processed: {", ".join(sorted(missing))}')
-    print(f'quarto is not installed, so no HTML was made; {len(made)} notebooks processed into _proc, every one in the sidebar, no link leads nowhere')
+    if not quarto:
+        print(f'quarto is not installed, so no HTML was made; {len(made)} notebooks processed into _proc, '
+              'every one in the sidebar, no link leads nowhere')
+        return
+    pages = render(quarto)
+    faults = [*check_pages(pages)]
+    if faults: sys.exit('\n'.join(faults))
+    print(f'{len(pages)} pages in _docs, no warning, no traceback, no link leads nowhere')
 
 
 if __name__ == '__main__': process() if '--process' in sys.argv else main()

@@ -1,4 +1,4 @@
-"""Export, write the index and README.md, clean, then say which files that changed: the checkout must already be in sync.
+"""Export, write the index, the sidebar and README.md, clean, then say which files that changed: the checkout must already be in sync.
 
 Usage: python tools/sync.py            (exit code 1 and the names where something changed; the files are in sync afterwards)
 """
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import index
 import readme
+import sidebar
 
 root = Path(__file__).resolve().parent.parent
 
 
 def state():
     "Hash of every file that export, clean and README may write."
-    files = [*root.glob('nbs/**/*.ipynb'), *root.glob('wsol_nb/**/*.py'), root/'README.md', root/'pyproject.toml']
+    files = [*root.glob('nbs/**/*.ipynb'), *root.glob('wsol_nb/**/*.py'), *(root/f for f in ('README.md', 'pyproject.toml', '_quarto.yml'))]
     return {f.relative_to(root).as_posix(): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if '.ipynb_checkpoints' not in f.parts}
 
 
@@ -23,6 +24,7 @@ def main():
     before = state()
     subprocess.run([str(Path(sys.executable).parent/'nbdev_export')], cwd=root, check=True)
     index.write()
+    sidebar.write()
     subprocess.run([str(Path(sys.executable).parent/'nbdev_clean')], cwd=root, check=True)
     readme.write()
     after = state()
