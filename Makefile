@@ -14,7 +14,7 @@ INSTALL = uv pip install --quiet --python $(BIN)/python
 endif
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test check quick bench docs lab clean lock test-oldest test-newest
+.PHONY: help demo test check quick bench docs look lab clean lock test-oldest test-newest
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ bench: $(VENV)/.dev ## speed, as ratios against a peer in the same run
 
 docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks and their links are checked
 	@$(BIN)/python tools/docs.py
+
+look: $(VENV)/.dev ## the site of make docs in headless Chromium: no code is cut, nothing sticks out of a narrow window
+	@$(BIN)/python tools/look.py
 
 lab: $(VENV)/.dev ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

@@ -2,14 +2,16 @@
 
     python tools/bench.py [boxes pixels birds training allocator cams ablation scorecam crf]
 
-Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds), OpenCV and
-numba on one thread; for PxAP NumPy's histogram; for training the same model in torch's default memory format, and without
-`keep_memory`; for CAMs a plain no_grad forward pass, pytorch-grad-cam and torchcam; for the CRF loss a training step and
-its own approximation (written to nbs/results/crf_times.csv). All take some twenty minutes.
+Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds),
+OpenCV and numba on one thread; for PxAP NumPy's histogram; for training the same model in torch's default
+memory format, and without `keep_memory`; for CAMs a plain no_grad forward pass, pytorch-grad-cam and
+torchcam; for the CRF loss a training step and its own approximation (written to nbs/results/crf_times.csv).
+All take some twenty minutes.
 """
 import contextlib
 import csv
 import io
+import itertools
 import os
 import statistics
 import subprocess
@@ -47,7 +49,7 @@ def took(f):
 
 
 def in_turns(calls, repeat):
-    "Median seconds of each call, made in turns so that all meet the same machine; the first round is not counted."
+    "Median seconds of each call, made in turns to meet the same machine; the first round is not counted."
     times = {k: [] for k in calls}
     for r in range(repeat + 1):
         for k, f in calls.items():
@@ -84,14 +86,15 @@ def time_boxes(maps, multi):
 
 
 def boxes(n=20, n_same=500):
-    "Time at 224x224 on maps upsampled from several grids; identity on 500 maps of each kind, 32 to 48 pixels wide."
+    "Time at 224x224 on maps upsampled from several grids; identity on 500 maps of each kind, 32 to 48 wide."
     rng = np.random.default_rng(0)
     aims = {False: (12, 18, 30, 60), True: (6, 10, 20, 50)}
     for multi, grid, aim in ((m, *pair) for m in aims for pair in zip((7, 14, 28, 56), aims[m])):
         maps = [reference_score_map(rng.normal(size=(grid, grid)), 224) for _ in range(n)]
         ours, plain = time_boxes(maps, multi)
         same = all(same_boxes(s, multi) for s in maps[:5])
-        print(f'boxes, {"multi" if multi else "single"}-contour, maps from {grid}x{grid}: {1e3*ours:.2f} ms a map, '
+        kind = 'multi' if multi else 'single'
+        print(f'boxes, {kind}-contour, maps from {grid}x{grid}: {1e3*ours:.2f} ms a map, '
               f'plain {1e3*plain:.0f} ms, {plain/ours:.0f} times as fast (aim {aim}), same boxes: {same}')
     for kind in ('smooth', 'noisy', 'binary', 'constant', 'plateau', 'empty'):
         drawn = (some_map(kind, rng, int(rng.integers(32, 49))) for _ in range(n_same))
@@ -101,8 +104,10 @@ def boxes(n=20, n_same=500):
 
 def pixels(n=100):
     "PxAP's counts of an image, beside two histograms of NumPy."
-    rng, edges, total = np.random.default_rng(0), np.append(TAUS, [1., 2., 3.]), np.zeros((2, len(TAUS) + 2), int)
-    maps = [(reference_score_map(rng.normal(size=(14, 14)), 224), rng.random((224, 224)) < .3) for _ in range(n)]
+    rng, edges = np.random.default_rng(0), np.append(TAUS, [1., 2., 3.])
+    total = np.zeros((2, len(edges) - 1), int)
+    draw = lambda: (reference_score_map(rng.normal(size=(14, 14)), 224), rng.random((224, 224)) < .3)
+    maps = [draw() for _ in range(n)]
     acc = PxAP()
 
     def plain(s, m): total[:] += [np.histogram(s[m == k], bins=edges)[0] for k in (0, 1)]
@@ -118,9 +123,9 @@ def pixels(n=100):
 
 
 def birds():
-    "The 585 CUB test maps of the oracle: resize, normalise, all τ, three δ, 200 bootstrap replicates, centre baseline."
+    "The 585 CUB test maps of the oracle: all τ, three δ, 200 bootstrap replicates, centre baseline."
     oracles, data = (os.environ.get(k) for k in ('WSOL_ORACLES', 'WSOL_DATA'))
-    if not (oracles and data): return print('scoring 585 birds: skipped, WSOL_ORACLES and WSOL_DATA are not set')
+    if not (oracles and data): return print('585 birds: skipped, WSOL_ORACLES and WSOL_DATA are not set')
     z, df = np.load(f'{oracles}/cub20_cams.npz'), read_metadata(data, 'CUB')
     truth = Truth(df[df.split == 'test'].set_index('image_id').loc[z['image_id']].reset_index(), 224)
     cams = z['cams']
@@ -129,12 +134,13 @@ def birds():
         scorer = Scorer(224, bootstrap=200)
         look = lambda i: scorer.look(reference_score_map(cams[i], 224), truth.boxes[i])
         with ThreadPoolExecutor(threads) as pool:
-            for i, seen in enumerate(pool.map(look, range(len(truth)))): scorer.count(seen, truth.df.image_id[i])
+            for i, seen in zip(truth.df.image_id, pool.map(look, range(len(truth)))): scorer.count(seen, i)
         return make_report(scorer, dict(split='test', dataset='CUB', localizer='stored CAMs'))
     for threads in (1, 2):
         start = time.perf_counter()
         found = score(threads).boxes['max_box_acc'].values()
-        print(f"scoring {len(truth)} CUB maps, {threads} thread{'s'*(threads > 1)}: {time.perf_counter() - start:.1f} s; "
+        seconds = time.perf_counter() - start
+        print(f"scoring {len(truth)} CUB maps, {threads} thread{'s'*(threads > 1)}: {seconds:.1f} s; "
               f"MaxBoxAcc {', '.join(format(m['value'], '.1f') for m in found)}")
 
 
@@ -171,11 +177,12 @@ def allocator():
     "A training step with and without `keep_memory`, each in a process of its own: what is set once stays."
     total = {}
     for how in ('default', 'kept'):
-        said = subprocess.run([sys.executable, '-c', STEPS, how], stdout=subprocess.PIPE, text=True, check=True).stdout
+        said = subprocess.check_output([sys.executable, '-c', STEPS, how], text=True)
         user, system = map(float, said.split())
         total[how] = user + system
         print(f'allocator, {how}: {user:.2f} s user, {system:.2f} s system a step')
-    print(f'keep_memory: {total["default"]/total["kept"]:.2f} × as fast (processor time of MobileNetV2, batch 16)')
+    ratio = total['default']/total['kept']
+    print(f'keep_memory: {ratio:.2f} × as fast (processor time of MobileNetV2, batch 16)')
 
 
 def resnet50():
@@ -200,7 +207,8 @@ def peers(net, layer, x):
         with tc.GradCAM(net, target_layer=layer) as cam: cam([1, 2, 3, 4], net(x))
 
     def grad_cam(c): return lambda: c(model=net, target_layers=[layer])(x, targets=pgc_targets(range(1, 5)))
-    return dict(torchcam=torchcam) | {f'pytorch-grad-cam {c.__name__}': grad_cam(c) for c in (pgc.GradCAM, pgc.LayerCAM)}
+    theirs = {f'pytorch-grad-cam {c.__name__}': grad_cam(c) for c in (pgc.GradCAM, pgc.LayerCAM)}
+    return dict(torchcam=torchcam) | theirs
 
 
 def cams(repeat=20):
@@ -215,9 +223,9 @@ def cams(repeat=20):
     calls = dict(plain=plain) | {type(l).__name__: (lambda l=l: l(x, [1, 2, 3, 4])) for l in known}
     calls['five'] = lambda: localize_all(net, x, five, [1, 2, 3, 4], 'layer4')
     t = in_turns(calls, repeat)
-    theirs = in_turns(dict(plain=plain) | peers(net, layer, x), 5) # apart: they allocate a graph of the whole net
-    print(f'CAMs of 4 images, ResNet50, 224x224, median of {repeat} in turns; a plain no_grad forward pass takes '
-          f'{1e3*t["plain"]:.0f} ms; times of it:')
+    theirs = in_turns(dict(plain=plain) | peers(net, layer, x), 5) # apart: they hold a graph of the whole net
+    print(f'CAMs of 4 images, ResNet50, 224x224, median of {repeat} in turns; '
+          f'a plain no_grad forward pass takes {1e3*t["plain"]:.0f} ms; times of it:')
     for times in (t, theirs):
         for k, v in times.items():
             if times is t or k != 'plain': print(f'  {k:<28}{v/times["plain"]:.2f}')
@@ -238,8 +246,9 @@ def ablation(share=16, repeat=3):
     t = in_turns(dict(ours=lambda: AblationCAM(net, 'layer4').raw(x, 1),
                       peer=lambda: peer.get_cam_weights(x, layer, pgc_targets([1]), A, None)), repeat)
     theirs = share*t['peer']
-    print(f'Ablation-CAM of an image, ResNet50 layer4, 224x224: {t["ours"]:.2f} s, {theirs/t["ours"]:.0f} times as fast '
-          f'as pytorch-grad-cam ({theirs:.0f} s, extrapolated from {n} of 2048 channels)')
+    print(f'Ablation-CAM of an image, ResNet50 layer4, 224x224: {t["ours"]:.2f} s, '
+          f'{theirs/t["ours"]:.0f} times as fast as pytorch-grad-cam '
+          f'({theirs:.0f} s, extrapolated from {n} of 2048 channels)')
 
 
 def scorecam(k=64, repeat=5):
@@ -256,13 +265,18 @@ def scorecam(k=64, repeat=5):
     def weigh(name):
         with torch.no_grad(): weights[name] = ours[name].channel_weights(x, A, Target(1, 1), logits)[0, 0]
 
-    def weigh_peer(): weights['peer'] = torch.as_tensor(peer.get_cam_weights(x, layer, pgc_targets([1]), A.numpy(), None))
-    t = in_turns(dict(float32=lambda: weigh('float32'), bfloat16=lambda: weigh('bfloat16'), peer=weigh_peer), repeat)
-    maps = {n: torch.einsum('k,khw->hw', w.flatten().float(), A[0]).relu().flatten() for n, w in weights.items()}
+    def weigh_peer():
+        weights['peer'] = torch.as_tensor(peer.get_cam_weights(x, layer, pgc_targets([1]), A.numpy(), None))
+    calls = dict(float32=lambda: weigh('float32'), bfloat16=lambda: weigh('bfloat16'), peer=weigh_peer)
+    t = in_turns(calls, repeat)
+
+    def weighted(w): return torch.einsum('k,khw->hw', w.flatten().float(), A[0]).relu().flatten()
+    maps = {n: weighted(w) for n, w in weights.items()}
 
     def corr(a, b): return torch.corrcoef(torch.stack([maps[a], maps[b]]))[0, 1]
     print(f'Score-CAM weights of {k} channels, ResNet50 layer4, 224x224: {t["float32"]:.2f} s, '
-          f'{t["peer"]/t["float32"]:.2f} times as fast as pytorch-grad-cam (maps correlate {corr("float32", "peer"):.5f}); '
+          f'{t["peer"]/t["float32"]:.2f} times as fast as pytorch-grad-cam '
+          f'(maps correlate {corr("float32", "peer"):.5f}); '
           f'in bfloat16 {t["peer"]/t["bfloat16"]:.2f} times (with float32 {corr("bfloat16", "float32"):.5f})')
 
 
@@ -273,7 +287,8 @@ def peak_mb(f, cuda):
         torch.cuda.reset_peak_memory_stats()
         f()
         return (torch.cuda.max_memory_allocated() - before)/2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: f()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as p: f()
     events = [e for e in p.profiler.kineto_results.events() if e.name() == '[memory]']
     held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())] or [0])
     return held.max(initial=0)/2**20
@@ -292,10 +307,11 @@ def crf_images(n, generator):
 
 
 def crf(n=8, out='nbs/results/crf_times.csv'):
-    "The CRF loss of 8 images with its gradient, at several scales; a training step of MobileNetV2 on them beside it."
+    "The CRF loss of 8 images with its gradient, at several scales, beside a training step of MobileNetV2."
     cuda, generator = torch.cuda.is_available(), torch.Generator().manual_seed(0)
     device, images = 'cuda' if cuda else 'cpu', crf_images(n, generator)
-    logits = torch.nn.functional.interpolate(torch.randn(n, 2, 7, 7, generator=generator)*2, size=224, mode='bilinear')
+    logits = 2*torch.randn(n, 2, 7, 7, generator=generator)
+    logits = torch.nn.functional.interpolate(logits, size=224, mode='bilinear')
     S = logits.softmax(1).to(device).requires_grad_()
     model = wsol_model('mobilenetv2_100', 20, stride=16).train().to(device)
     x, y = next(iter(images.values())).to(device), torch.randint(20, (n,), device=device)
@@ -303,14 +319,15 @@ def crf(n=8, out='nbs/results/crf_times.csv'):
     def waited(f): return lambda: (f(), cuda and torch.cuda.synchronize())
     step = waited(lambda: torch.nn.functional.cross_entropy(model(x), y).backward())
     threads = torch.get_num_threads()
-    where = ', '.join(str(v) for v in hardware().values() if v is not None) + f' cores, {threads} thread{"s"*(threads > 1)}'
-    rows = []
-    for (kind, I), size, cell in ((i, s, c) for i in images.items() for s in (28, 56, 112, 224) for c in (None, .75)):
+    where = ', '.join(str(v) for v in hardware().values() if v is not None)
+    where, rows = f'{where} cores, {threads} thread{"s"*(threads > 1)}', []
+    for (kind, I), size, cell in itertools.product(images.items(), (28, 56, 112, 224), (None, .75)):
         loss, I = DenseCRFLoss(scale=size/224, form='potts', normalise='kernel', cell=cell), I.to(device)
         once = lambda: torch.autograd.grad(loss(I, S), S)
         t = in_turns(dict(crf=waited(once), step=step), 1 if size == 224 and cell is None else 3)
         row = dict(images=kind, batch=n, size=size, way='exact' if cell is None else f'grid {cell}')
-        row |= dict(ms=round(1e3*t['crf'], 1), peak_mb=round(peak_mb(once, cuda), 1), full_w_mb=round(n*size**4*4/2**20))
+        row |= dict(ms=round(1e3*t['crf'], 1), peak_mb=round(peak_mb(once, cuda), 1))
+        row |= dict(full_w_mb=round(n*size**4*4/2**20))
         row |= dict(step_ms=round(1e3*t['step']), share_of_step=round(t['crf']/(t['crf'] + t['step']), 3))
         print('  '.join(f'{k} {v}' for k, v in row.items()), flush=True)
         rows.append(row | dict(hardware=where, command='python tools/bench.py crf'))

@@ -1,7 +1,7 @@
 """The documentation site: with quarto `nbdev_docs`; without it everything that can be checked without it.
 
-The check processes every notebook as nbdev does for the site, and fails where a notebook is missing from the sidebar, the
-sidebar names one that does not exist, or a link between notebooks, or to a file, leads nowhere.
+The check processes every notebook as nbdev does for the site, and fails where a notebook is missing from the
+sidebar, the sidebar names one that does not exist, or a link between notebooks, or to a file, leads nowhere.
 """
 import json
 import os
@@ -31,11 +31,15 @@ def notebooks():
 
 def check_sidebar():
     "What is wrong with the sidebar."
-    named = list(sidebar(yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']))
+    said = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
+    named = list(sidebar(said['website']['sidebar']['contents']))
     there = notebooks()
     yield from (f'{n} is not in the sidebar of _quarto.yml' for n in sorted(there - set(named)))
     yield from (f'the sidebar names {n}, which does not exist' for n in sorted(set(named) - there))
     yield from (f'the sidebar names {n} twice' for n in sorted({n for n in named if named.count(n) > 1}))
+
+
+def dead(folder, link): return not re.match(r'[a-z]+:', link) and not (folder/link).exists()
 
 
 def check_links():
@@ -44,13 +48,13 @@ def check_links():
         for i, c in enumerate(json.loads(nb.read_text(encoding='utf-8'))['cells']):
             if c['cell_type'] != 'markdown': continue
             for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', ''.join(c['source'])):
-                if not re.match(r'[a-z]+:', link) and not (nb.parent/link).exists(): yield f'{nb.name} cell {i}: {link} leads nowhere'
+                if dead(nb.parent, link): yield f'{nb.name} cell {i}: {link} leads nowhere'
     for link in re.findall(r'\]\(([^)#\s]+)\)', (root/'README.md').read_text(encoding='utf-8')):
-        if not re.match(r'[a-z]+:', link) and not (root/link).exists(): yield f'README.md: {link} leads nowhere'
+        if dead(root, link): yield f'README.md: {link} leads nowhere'
 
 
 def process():
-    "What nbdev does to the notebooks before quarto, into _proc. (Its own command would try to install quarto as root.)"
+    "What nbdev does to the notebooks before quarto, into _proc. (Its own command would install quarto.)"
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     os.chdir(root)
@@ -69,7 +73,7 @@ def processed():
 
 
 def render(quarto):
-    "The site into _docs. README.md is ours (tools/readme.py), so `nbdev_docs`, which writes it too, is not asked."
+    "The site into _docs. README.md is ours (tools/readme.py); `nbdev_docs` would write it too."
     run = subprocess.run([quarto, 'render', '--no-cache'], cwd=root/'_proc', capture_output=True, text=True)
     said = run.stdout + run.stderr
     warned = re.findall(r'^.*\bWARN.*$', said, flags=re.M)

@@ -1,8 +1,10 @@
-"""How the house is laid out: the chapters, their modules with lines and imports, and every arrow between chapters.
+"""How the house is laid out: the chapters, their modules with lines and imports, and every arrow between
+chapters.
 
     python tools/house.py          exit status 1 where an arrow leads up
 
-A module is the notebook that exports it: the folder is its chapter, the number its place. Imports are read from the source.
+A module is the notebook that exports it: the folder is its chapter, the number its place. Imports are read
+from the source.
 """
 import ast
 import json

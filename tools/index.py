@@ -1,7 +1,8 @@
-"""wsol_nb/_index.py from the source of the package: who is registered where, with what its decorator says, and the front door.
+"""wsol_nb/_index.py from the source of the package: who is registered where, with what its decorator says,
+and the front door.
 
-Nothing is imported: decorators like `@localizer(passes='1', paper='…')` are read from the syntax tree, so that the index
-can be made on a machine without torch, and before the package can be imported at all.
+Nothing is imported: decorators like `@localizer(passes='1', paper='…')` are read from the syntax tree, so
+that the index can be made on a machine without torch, and before the package can be imported at all.
 """
 import ast
 import pprint
@@ -10,11 +11,12 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 KINDS = ('localizer', 'method', 'head', 'world', 'command')
 # functions and classes of everyday, beside everything that is registered
-DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'Head', 'load_run', 'save_run', 'score_run',
-        'LocalizationInterpretation', 'Report', 'Scorer', 'MapStore', 'LabelStore', 'check_manifest', 'read_metadata',
-        'folder_manifest', 'write_world', 'score_maps', 'write_maps', 'localize_all', 'wsol_model', 'load_body',
-        'sample_seeds', 'peak_responses', 'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam', 'adamw',
-        'fit_run', 'run_grid', 'read_results']
+DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'Head', 'load_run', 'save_run',
+        'score_run', 'LocalizationInterpretation', 'Report', 'Scorer', 'MapStore', 'LabelStore',
+        'check_manifest', 'read_metadata', 'folder_manifest', 'write_world', 'score_maps',
+        'write_maps', 'localize_all', 'wsol_model', 'load_body', 'sample_seeds', 'peak_responses',
+        'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam',
+        'adamw', 'fit_run', 'run_grid', 'read_results']
 
 
 def registered(tree):
@@ -35,14 +37,18 @@ def render():
         module = '.'.join(file.relative_to(root).with_suffix('').parts)
         tree = ast.parse(file.read_text(encoding='utf-8'))
         for kind, name, doc, facts in registered(tree):
-            if name in index[kind]: raise SystemExit(f'{kind} {name}: both in {index[kind][name][0]} and in {module}')
+            if name in index[kind]:
+                raise SystemExit(f'{kind} {name}: both in {index[kind][name][0]} and in {module}')
             index[kind][name] = module, doc, facts
         defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        defined |= {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+        targets = (t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets)
+        defined |= {t.id for t in targets if isinstance(t, ast.Name)}
         door |= {n: module for n in DOOR if n in defined}
-    if lost := set(DOOR) - set(door): raise SystemExit(f'tools/index.py: {", ".join(sorted(lost))} is defined nowhere')
-    body = f'INDEX = {pprint.pformat(index, width=110, sort_dicts=True)}\n\nDOOR = {pprint.pformat(door, width=110)}\n'
-    return f'"Made by tools/index.py from the decorators in the package; do not edit."\n\n{body}'
+    if lost := set(DOOR) - set(door):
+        raise SystemExit(f'tools/index.py: {", ".join(sorted(lost))} is defined nowhere')
+    show = lambda d: pprint.pformat(d, width=110)
+    said = '"Made by tools/index.py from the decorators in the package; do not edit."'
+    return f'{said}\n\nINDEX = {show(index)}\n\nDOOR = {show(door)}\n'
 
 
 def write(): (root/'wsol_nb/_index.py').write_text(render(), encoding='utf-8')

@@ -1,7 +1,8 @@
 """The built site as a browser shows it: python tools/look.py [PAGE …] [--shots FOLDER]
 
-In headless Chromium each page of _docs is opened 1280 pixels wide, where no line of code may be cut or broken, and 400 wide,
-where the page must not be wider than its window. The exit status is 1 where one is. `--shots` keeps pictures of the pages.
+In headless Chromium each page of _docs is opened 1280 pixels wide, where no line of code may be cut or
+broken, and 400 wide, where the page must not be wider than its window. The exit status is 1 where one is.
+`--shots` keeps pictures of the pages.
 """
 import argparse
 import base64
@@ -31,15 +32,18 @@ CUT = """[...document.querySelectorAll('pre')].filter(p => p.offsetParent).flatM
 OUT = """(() => {
   const wide = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth <= wide) return [];
-  const scrolls = e => { for (; e; e = e.parentElement) if (getComputedStyle(e).overflowX != 'visible') return true; };
-  const out = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > wide + 1 && !scrolls(e.parentElement));
-  return out.slice(0, 3).map(e => e.tagName + '.' + e.className + ': ' + e.textContent.trim().slice(0, 40)).concat(['page ' + document.documentElement.scrollWidth])})()"""
+  const scrolls = e => e && (getComputedStyle(e).overflowX != 'visible' || scrolls(e.parentElement));
+  const sticks = e => e.getBoundingClientRect().right > wide + 1 && !scrolls(e.parentElement);
+  const named = e => e.tagName + '.' + e.className + ': ' + e.textContent.trim().slice(0, 40);
+  const out = [...document.querySelectorAll('body *')].filter(sticks).slice(0, 3).map(named);
+  return ['page ' + document.documentElement.scrollWidth, ...out]})()"""
 
 
 class Browser:
     "One tab of a headless Chromium, spoken to by its DevTools protocol."
     def __init__(self, program, profile):
-        flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', '--remote-allow-origins=*']
+        flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0',
+                 '--remote-allow-origins=*']
         self.process = subprocess.Popen([program, *flags, f'--user-data-dir={profile}', 'about:blank'],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = Path(profile)/'DevToolsActivePort'
@@ -49,7 +53,8 @@ class Browser:
         number = port.read_text().split()[0]
         tabs = json.load(urllib.request.urlopen(f'http://127.0.0.1:{number}/json'))
         tab = next(t for t in tabs if t['type'] == 'page')
-        self.socket, self.ids = websocket.create_connection(tab['webSocketDebuggerUrl'], timeout=60), itertools.count(1)
+        self.socket = websocket.create_connection(tab['webSocketDebuggerUrl'], timeout=60)
+        self.ids = itertools.count(1)
         self.ask('Page.enable')
 
     def ask(self, method, **params):
@@ -60,7 +65,8 @@ class Browser:
         return said.get('result', {})
 
     def open(self, page, width):
-        self.ask('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=False)
+        window = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.ask('Emulation.setDeviceMetricsOverride', **window)
         self.ask('Page.navigate', url=page.as_uri())
         for _ in range(100):
             if self.value('document.readyState') == 'complete': break
@@ -68,7 +74,8 @@ class Browser:
         time.sleep(.2) # scripts of the page
 
     def value(self, expression):
-        return self.ask('Runtime.evaluate', expression=expression, returnByValue=True).get('result', {}).get('value')
+        said = self.ask('Runtime.evaluate', expression=expression, returnByValue=True)
+        return said.get('result', {}).get('value')
 
     def picture(self, file):
         high = min(self.value('document.documentElement.scrollHeight'), 12000)
@@ -98,12 +105,14 @@ def main():
     program = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if program is None: sys.exit('look: Chromium is not installed')
     pages = [q.resolve() for q in a.pages] or sorted((root/'_docs').rglob('*.html'))
-    if not pages or not all(q.is_file() for q in pages): sys.exit('look: _docs has no pages; run make docs with quarto')
+    if not pages or not all(q.is_file() for q in pages):
+        sys.exit('look: _docs has no pages; run make docs with quarto')
     if a.shots: a.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         with contextlib.closing(Browser(program, profile)) as browser:
             found = [f for page in pages for f in faults(browser, page, a.shots)]
-    print('\n'.join([*found, f'{len(pages)} pages looked at {WIDE} and {NARROW} px wide: {len(found)} faults']))
+    said = f'{len(pages)} pages looked at {WIDE} and {NARROW} px wide: {len(found)} faults'
+    print('\n'.join([*found, said]))
     sys.exit(bool(found))
 
 

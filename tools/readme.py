@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, as `nbdev_readme` does, but without needing quarto.
 
-Markdown cells are taken as they are, code cells become fenced blocks with their stored text output; cells marked `#| hide`
-are left out, and images are named relative to the root.
+Markdown cells are taken as they are, code cells become fenced blocks with their stored text output; cells
+marked `#| hide` are left out, and images are named relative to the root.
 """
 import json
 import re
@@ -10,15 +10,26 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 
 
+LINK = re.compile(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg|ipynb))\)') # to a file beside the index
+
+
+def as_text(output):
+    "What README shows of an output: a table of markdown as it is, text as a block."
+    data = output.get('data', {})
+    if 'text/markdown' in data: return ''.join(data['text/markdown'])
+    if 'text/html' in data: return ''
+    text = ''.join(output.get('text', data.get('text/plain', ''))).strip()
+    return text and '    ' + text.replace('\n', '\n    ')
+
+
 def cell_to_md(cell):
     "One cell as markdown, or ''."
     src = ''.join(cell['source']).strip()
-    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg|ipynb))\)', r'](nbs/\1)', src)
+    if cell['cell_type'] == 'markdown': return LINK.sub(r'](nbs/\1)', src)
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide', src, flags=re.M): return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|'))
-    plain = lambda o: '' if 'text/html' in o.get('data', {}) else o.get('text', o.get('data', {}).get('text/plain', ''))
-    text = ''.join(''.join(plain(o)) for o in cell.get('outputs', [])).strip()
-    return f'``` python\n{code}\n```' + (f'\n\n    ' + text.replace('\n', '\n    ') if text else '')
+    shown = '' if re.search(r'^#\|\s*echo: false', src, flags=re.M) else f'``` python\n{code}\n```'
+    return '\n\n'.join(filter(None, [shown, *map(as_text, cell.get('outputs', []))]))
 
 
 def render():

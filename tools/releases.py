@@ -1,11 +1,13 @@
-"""wsol_nb on the oldest and on the newest releases that it promises to work with, each in an environment of its own.
+"""wsol_nb on the oldest and on the newest releases that it promises to work with, each in an environment of
+its own.
 
-    python tools/releases.py lock              constraints-oldest.txt and constraints-newest.txt, from settings.ini
-    python tools/releases.py oldest            build the wheel, install it beside those releases, import and use everything
-    python tools/releases.py newest            the same; the other Pythons that are installed are tried in a short form
+    python tools/releases.py lock              both constraint files, from settings.ini
+    python tools/releases.py oldest            build the wheel, install it beside them, use everything
+    python tools/releases.py newest            the same; other installed Pythons in a short form
 
-`lock` asks a resolver: the lowest versions that settings.ini allows by name, and today's newest of everything. The trials
-run on the frozen files, so that tomorrow's release of a dependency stops nobody; `lock` renews them.
+`lock` asks a resolver: the lowest versions that settings.ini allows by name, and today's newest of
+everything. The trials run on the frozen files, so that tomorrow's release of a dependency stops nobody;
+`lock` renews them.
 """
 import argparse
 import configparser
@@ -21,8 +23,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 # The first that is installed is tried in full, the others in short.
 PYTHONS = dict(oldest=['3.11', '3.12'], newest=['3.13', '3.12', '3.11'])
-SHOWN = ['torch', 'torchvision', 'fastai', 'fastcore', 'timm', 'numpy', 'pandas', 'scipy', 'numba', 'matplotlib',
-         'opencv-python-headless', 'pillow']
+SHOWN = ['torch', 'torchvision', 'fastai', 'fastcore', 'timm', 'numpy', 'pandas', 'scipy', 'numba',
+         'matplotlib', 'opencv-python-headless', 'pillow']
 QUICK = 'resnet10t and not memory' # the conformance suite on one net
 ENV = os.environ | dict(MPLBACKEND='agg', OMP_NUM_THREADS='1')
 
@@ -106,13 +108,15 @@ def run(what, command, place):
 
 def interrupt(command, place):
     "Start a training and stop it after its first checkpoint, as Ctrl-C does."
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler) # jobs in the background may ignore it
+    # a job in the background may have been told to ignore it
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     p = subprocess.Popen([*map(str, command)], cwd=place, env=ENV, text=True, preexec_fn=heard,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (place/'cam/checkpoint.pt').exists() and p.poll() is None: time.sleep(.05)
     p.send_signal(signal.SIGINT)
     said = p.communicate()[0]
-    if '--resume continues' not in said: sys.exit(f'the training was not stopped (exit {p.returncode}):\n{said}')
+    if '--resume continues' not in said:
+        sys.exit(f'the training was not stopped (exit {p.returncode}):\n{said}')
 
 
 def walk(own, place):

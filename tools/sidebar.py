@@ -1,14 +1,15 @@
 """The sidebar of the site, in _quarto.yml, from the folders of notebooks.
 
-A chapter is a folder `N_name`, its notebooks stand in the order of their numbers; tutorials come before the tools.
-Only what lies between the two marks of _quarto.yml is written.
+A chapter is a folder `N_name`, its notebooks stand in the order of their numbers; tutorials come before the
+tools. Only what lies between the two marks of _quarto.yml is written.
 """
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 BEGIN, END = '      # made by tools/sidebar.py', '      # end'
-TITLES = {'3_cam': 'Class maps', '4_losses': 'Weak losses', '6_dense': 'Full-resolution maps'} # where the folder's name says less
-FIRST = ['evaluation', 'top_down', 'full_resolution', 'datasets', 'house'] # of the tutorials; the others follow
+# where the folder's name says less
+TITLES = {'3_cam': 'Class maps', '4_losses': 'Weak losses', '6_dense': 'Full-resolution maps'}
+FIRST = ['evaluation', 'top_down', 'full_resolution', 'datasets', 'house'] # of the tutorials
 
 
 def title(folder):
@@ -22,7 +23,8 @@ def sections():
     chapters = {p.name: sorted(p.glob('[0-9]*.ipynb')) for p in sorted(nbs.glob('[0-8]_*'))}
     tools = {p.name: sorted(p.glob('[0-9]*.ipynb')) for p in sorted(nbs.glob('9_*'))}
     place = {name: i for i, name in enumerate(FIRST)}
-    taught = sorted((nbs/'tutorials').glob('[!._]*.ipynb'), key=lambda p: (place.get(p.stem, len(FIRST)), p.stem))
+    order = lambda p: (place.get(p.stem, len(FIRST)), p.stem)
+    taught = sorted((nbs/'tutorials').glob('[!._]*.ipynb'), key=order)
     yield from ((title(name), found) for name, found in chapters.items())
     yield 'Tutorials', taught
     yield from ((title(name), found) for name, found in tools.items())

@@ -1,6 +1,7 @@
-"""Export, write the index, the sidebar and README.md, clean, then say which files that changed: the checkout must already be in sync.
+"""Export, write the index, the sidebar and README.md, clean, then say which files that changed: the checkout
+must already be in sync.
 
-Usage: python tools/sync.py            (exit code 1 and the names where something changed; the files are in sync afterwards)
+    python tools/sync.py    exit status 1 and the names where something changed; all is in sync afterwards
 """
 import hashlib
 import subprocess
@@ -16,8 +17,10 @@ root = Path(__file__).resolve().parent.parent
 
 def state():
     "Hash of every file that export, clean and README may write."
-    files = [*root.glob('nbs/**/*.ipynb'), *root.glob('wsol_nb/**/*.py'), *(root/f for f in ('README.md', 'pyproject.toml', '_quarto.yml'))]
-    return {f.relative_to(root).as_posix(): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if '.ipynb_checkpoints' not in f.parts}
+    files = [*root.glob('nbs/**/*.ipynb'), *root.glob('wsol_nb/**/*.py')]
+    files = [f for f in files if '.ipynb_checkpoints' not in f.parts]
+    files += [root/f for f in ('README.md', 'pyproject.toml', '_quarto.yml')]
+    return {f.relative_to(root).as_posix(): hashlib.sha1(f.read_bytes()).hexdigest() for f in files}
 
 
 def main():
