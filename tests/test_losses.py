@@ -218,7 +218,7 @@ P = torch.full((2, 2, 4, 4), .5)
     (dict(lower=1), (4*P,), 'probs: got 2 (64 values outside [0,1])'), (dict(lower=1), (P[0],), "probs='(2, 4, 4) torch.float32': expected a (B,K,H,W) float tensor"), (dict(lower=1), (P > 0,), "torch.bool': expected a (B,K,H,W) float tensor"),
     (dict(lower=1), (P, None, torch.ones(2, 3).bool()), "presence='(2, 3) torch.bool': expected a (2, 2) bool tensor"), (dict(lower=1), (P, None, torch.ones(2, 2)), "presence='(2, 2) torch.float32': expected"),
     (dict(statistic='volume'), (), "statistic='volume'"), (dict(penalty='hard'), (), "penalty='hard'"), (dict(reduction='max'), (), "reduction='max'"),
-    (dict(units='mm'), (), "units='mm'"), (dict(units='fraction', norm='area'), (), "norm='area': expected 'none' with units='fraction'"), (dict(statistic=size, units='fraction'), (), "units='fraction': expected 'pixels', since a function"),
+    (dict(units='mm'), (), "units='mm'"), (dict(units='fraction', norm='area'), (), "norm='area': expected 'none' with units='fraction'"), (dict(statistic=size, units='fraction'), (), "units='fraction': expected 'pixels', a function has its own units"),
     (dict(t0=-1), (), 't0=-1'), (dict(mu=.5), (), 'mu=0.5'), (dict(t_max=.5), (), 't_max=0.5: expected at least t0=1.0')])
 def test_bad_constraints(make, call, message):
     def run():
