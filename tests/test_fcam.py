@@ -182,6 +182,19 @@ def test_not_a_wsol_model():
     with pytest.raises(TypeError, match='expected a WSOLModel on a timm CNN'): FullModel(nn.Sequential(nn.Conv2d(3, 4, 1)))
 
 
+def test_what_does_not_fit_is_said(dls, stage1, tmp_path):
+    def refused(says, f, *args, error=ValueError, **kw):
+        with pytest.raises(error) as e: f(*args, **kw)
+        assert says in str(e.value), f'{says!r} is not in: {e.value}'
+    loc = load_run(stage1).localizer()
+    refused(f'type(seeds)={type(loc).__name__!r}: expected the name or the class of a localizer', FCAM, stage1, seeds=loc, error=TypeError)
+    refused('stage1: expected a learner, a Run or a run folder, got Sequential', FCAM, stage1=nn.Sequential(), error=TypeError)
+    refused('no run is saved there', FCAM, stage1=tmp_path/'nowhere')
+    refused('the weights are those of the first stage', wsol_learner, dls, method=FCAM(stage1=stage1), pretrained=True)
+    refused("targets='multi': FCAM needs one class", FCAM, stage1=stage1, targets='multi')
+    refused('views=3: expected 1 (the image), 2', FCAM, stage1=stage1, views=3)
+
+
 def test_command_line(world, tmp_path):
     "Both stages from the shell, evaluated and applied to a photo; the first stage's data are the default."
     env = os.environ | {'OMP_NUM_THREADS': '1'}

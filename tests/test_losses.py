@@ -66,17 +66,17 @@ def test_ce_in_half_precision(dtype, device):
     assert loss == 0 and not g.any()
 
 
-@pytest.mark.parametrize('y, message, error', [(torch.zeros(2, 6, 5), 'labels: expected an int64 tensor, got (2, 6, 5) torch.float32', TypeError),
-    (np.zeros((2, 6, 5), int), 'labels: expected an int64 tensor, got ndarray', TypeError), (torch.zeros(2, 5, 6).long(), 'labels: expected shape (2, 6, 5)', ValueError),
+@pytest.mark.parametrize('y, message, error', [(torch.zeros(2, 6, 5), "labels='(2, 6, 5) torch.float32': expected an int64 tensor", TypeError),
+    (np.zeros((2, 6, 5), int), "labels='ndarray': expected an int64 tensor", TypeError), (torch.zeros(2, 5, 6).long(), 'labels.shape=(2, 5, 6): expected (2, 6, 5)', ValueError),
     (torch.full((2, 6, 5), 4), 'labels: got 4 (60 such pixels), expected a class 0 to 3 or 255', ValueError), (torch.full((2, 6, 5), -1), 'labels: got -1', ValueError)])
 def test_ce_bad_labels(y, message, error): raises(message, partial_cross_entropy, torch.randn(2, 4, 6, 5), y, error=error)
 
 
 def test_ce_bad_arguments():
     y = torch.zeros(2, 6, 5).long()
-    raises('logits: expected a (B,K,H,W) float tensor, got (2, 4, 6) torch.float32', partial_cross_entropy, torch.randn(2, 4, 6), y)
+    raises("logits='(2, 4, 6) torch.float32': expected a (B,K,H,W) float tensor", partial_cross_entropy, torch.randn(2, 4, 6), y)
     raises("reduction='none'", partial_cross_entropy, torch.randn(2, 4, 6, 5), y, reduction='none')
-    raises('ignore=3: is one of the 4 classes', partial_cross_entropy, torch.randn(2, 4, 6, 5), y, ignore=3)
+    raises('ignore=3: expected a number that is none of the 4 classes', partial_cross_entropy, torch.randn(2, 4, 6, 5), y, ignore=3)
 
 
 # weak labels
@@ -130,7 +130,7 @@ def test_boxes():
 
 @pytest.mark.parametrize('mask', [np.zeros((4, 4), int), np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4), bool), np.zeros((0, 4), np.uint8)], ids=str)
 def test_bad_masks(mask):
-    for make in (*WEAK_FORMS.values(), class_boxes, lambda m: weak_tags(m, 3)): raises('mask: expected (H,W) uint8', make, mask)
+    for make in (*WEAK_FORMS.values(), class_boxes, lambda m: weak_tags(m, 3)): raises(': expected (H,W) uint8', make, mask)
 
 
 def test_bad_weak_arguments():
@@ -211,15 +211,15 @@ def test_nothing_counts():
 
 P = torch.full((2, 2, 4, 4), .5)
 @pytest.mark.parametrize('make, call, message', [
-    (dict(lower=3, upper=2), (), 'lower=3, upper=2: expected lower <= upper'), (dict(lower=(0, 5), upper=(1, 2)), (P,), 'got lower 5 and upper 2 at (0, 1, 0)'),
-    (dict(), (P,), 'bounds: expected (B,K,m,2), since neither'), (dict(lower=(1, 2, 3)), (P,), 'lower=(1, 2, 3): expected a number, or 2 of them'),
+    (dict(lower=3, upper=2), (), 'lower=3: expected at most upper=2'), (dict(lower=(0, 5), upper=(1, 2)), (P,), 'got lower 5 and upper 2 at (0, 1, 0)'),
+    (dict(), (P,), 'bounds=None: expected (B,K,m,2), since neither'), (dict(lower=(1, 2, 3)), (P,), 'lower=(1, 2, 3): expected a number, or 2 of them'),
     (dict(), (P, torch.zeros(2, 2, 2)), 'expected a tensor of shape (2, 2, 1, 2)'), (dict(statistic='centroid'), (P, torch.zeros(2, 2, 1, 2)), 'expected a tensor of shape (2, 2, 2, 2)'),
-    (dict(), (P, torch.full((2, 2, 1, 2), torch.nan)), 'got lower nan'), (dict(), (P, torch.full((2, 2, 1, 2), torch.inf)), 'got lower inf'), (dict(), (P, [1, 2]), 'got list'),
-    (dict(lower=1), (4*P,), 'probs: got 2 (64 values outside [0,1])'), (dict(lower=1), (P[0],), 'probs: expected a (B,K,H,W) float tensor'), (dict(lower=1), (P > 0,), 'probs: expected'),
-    (dict(lower=1), (P, None, torch.ones(2, 3).bool()), 'presence: expected a (2, 2) bool tensor, got (2, 3)'), (dict(lower=1), (P, None, torch.ones(2, 2)), 'presence: expected'),
+    (dict(), (P, torch.full((2, 2, 1, 2), torch.nan)), 'got lower nan'), (dict(), (P, torch.full((2, 2, 1, 2), torch.inf)), 'got lower inf'), (dict(), (P, [1, 2]), "bounds='list'"),
+    (dict(lower=1), (4*P,), 'probs: got 2 (64 values outside [0,1])'), (dict(lower=1), (P[0],), "probs='(2, 4, 4) torch.float32': expected a (B,K,H,W) float tensor"), (dict(lower=1), (P > 0,), "torch.bool': expected a (B,K,H,W) float tensor"),
+    (dict(lower=1), (P, None, torch.ones(2, 3).bool()), "presence='(2, 3) torch.bool': expected a (2, 2) bool tensor"), (dict(lower=1), (P, None, torch.ones(2, 2)), "presence='(2, 2) torch.float32': expected"),
     (dict(statistic='volume'), (), "statistic='volume'"), (dict(penalty='hard'), (), "penalty='hard'"), (dict(reduction='max'), (), "reduction='max'"),
-    (dict(units='mm'), (), "units='mm'"), (dict(units='fraction', norm='area'), (), "norm='area' with units='fraction'"), (dict(statistic=size, units='fraction'), (), "units='fraction': a function"),
-    (dict(t0=-1), (), 't0=-1'), (dict(mu=.5), (), 'mu=0.5'), (dict(t_max=.5), (), 't_max=0.5: is below')])
+    (dict(units='mm'), (), "units='mm'"), (dict(units='fraction', norm='area'), (), "norm='area': expected 'none' with units='fraction'"), (dict(statistic=size, units='fraction'), (), "units='fraction': expected 'pixels', a function has its own units"),
+    (dict(t0=-1), (), 't0=-1'), (dict(mu=.5), (), 'mu=0.5'), (dict(t_max=.5), (), 't_max=0.5: expected at least t0=1.0')])
 def test_bad_constraints(make, call, message):
     def run():
         loss = Constraint(**make)

@@ -239,19 +239,19 @@ GOOD = dict(images=torch.rand(2, 3, 4, 4), probs=torch.rand(2, 2, 4, 4)/2)
 
 
 @pytest.mark.parametrize('kw, error, message', [
-    (dict(images=torch.randint(0, 255, (2, 3, 4, 4))), TypeError, 'images: expected a float tensor, got torch.int64'),
-    (dict(images=torch.rand(2, 3, 4, 4).numpy()), TypeError, 'images: expected a float tensor, got float32'),
-    (dict(images=255*torch.rand(2, 3, 4, 4)), ValueError, 'images: expected RGB in [0,1], neither 0 to 255'),
-    (dict(images=torch.full((2, 3, 4, 4), float('nan'))), ValueError, 'images: expected RGB in [0,1]'),
-    (dict(images=torch.randn(2, 3, 40, 40)), ValueError, 'images: expected RGB in [0,1]'),
-    (dict(images=torch.rand(2, 1, 4, 4)), ValueError, 'images: expected shape (B,3,H,W), got (2, 1, 4, 4)'),
-    (dict(images=torch.rand(3, 4, 4)), ValueError, 'images: expected shape (B,3,H,W)'),
-    (dict(images=torch.rand(3, 3, 4, 4)), ValueError, 'probs: 2 maps came with 3 images'),
-    (dict(probs=torch.ones(2, 2, 4, 4, dtype=torch.int64)), TypeError, 'probs: expected a float tensor'),
-    (dict(probs=torch.rand(2, 4, 4)), ValueError, 'probs: expected shape (B,K,h,w)'),
+    (dict(images=torch.randint(0, 255, (2, 3, 4, 4))), TypeError, 'images.dtype=torch.int64: expected a float tensor'),
+    (dict(images=torch.rand(2, 3, 4, 4).numpy()), TypeError, "images.dtype=dtype('float32'): expected a float tensor"),
+    (dict(images=255*torch.rand(2, 3, 4, 4)), ValueError, ': expected RGB in [0,1], neither 0 to 255'),
+    (dict(images=torch.full((2, 3, 4, 4), float('nan'))), ValueError, "images='nan to nan': expected RGB in [0,1]"),
+    (dict(images=torch.randn(2, 3, 40, 40)), ValueError, ': expected RGB in [0,1]'),
+    (dict(images=torch.rand(2, 1, 4, 4)), ValueError, 'images.shape=(2, 1, 4, 4): expected (B,3,H,W)'),
+    (dict(images=torch.rand(3, 4, 4)), ValueError, 'images.shape=(3, 4, 4): expected (B,3,H,W)'),
+    (dict(images=torch.rand(3, 3, 4, 4)), ValueError, 'len(probs)=2: expected 3, as many maps as images'),
+    (dict(probs=torch.ones(2, 2, 4, 4, dtype=torch.int64)), TypeError, 'probs.dtype=torch.int64: expected a float tensor'),
+    (dict(probs=torch.rand(2, 4, 4)), ValueError, 'probs.shape=(2, 4, 4): expected (B,K,h,w)'),
     (dict(probs=torch.rand(2, 1, 4, 4)), ValueError, 'K of 2 or more'),
-    (dict(probs=torch.randn(2, 2, 9, 9)), ValueError, 'probs: expected probabilities'),
-    (dict(roi=torch.ones(2, 1, 4, 4)), ValueError, 'roi: expected shape (B,H,W) = (2, 4, 4), got (2, 1, 4, 4)'),
+    (dict(probs=torch.randn(2, 2, 9, 9)), ValueError, ': expected probabilities'),
+    (dict(roi=torch.ones(2, 1, 4, 4)), ValueError, 'roi.shape=(2, 1, 4, 4): expected (B,H,W) = (2, 4, 4)'),
 ])
 def test_bad_tensors(kw, error, message):
     with pytest.raises(error) as e: DenseCRFLoss()(**GOOD | kw)

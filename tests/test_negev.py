@@ -92,7 +92,7 @@ def test_which_evidence(stages, here):
     terms = lambda normal=True, **kw: set(learner(stages, here/'terms', normal, **kw).loss_func.terms)
     assert terms() == {'seeds', 'negatives'} and terms(negatives=False) == {'seeds'} and terms(False) == terms(False, negatives=False) == {'seeds'}
     assert learner(stages, here/'terms', lam=.25).loss_func.weights == dict(seeds=.25, negatives=1.)
-    with pytest.raises(ValueError, match='negatives=True: these data have no negative class'): terms(False, negatives=True)
+    with pytest.raises(ValueError, match='negatives=True: expected None, or loaders with negative=, since these data have no negative class'): terms(False, negatives=True)
     for bad in (-1, float('nan'), float('inf')):
         with pytest.raises(ValueError, match='lam='): NEGEV(lam=bad)
 

@@ -179,8 +179,8 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                         'Global max pooling (Oquab et al., CVPR 2015).',
                         {'bib': 'oquab2015free', 'paper': 'Oquab et al., CVPR 2015', 'stages': 1}),
             'NEGEV': ('wsol_nb.dense.negev',
-                      'NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, every pixel of '
-                      'those without.',
+                      'NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, all pixels of '
+                      'the others.',
                       {'bib': 'belharbi2022negev', 'paper': 'Belharbi et al., MIDL 2022', 'stages': 2}),
             'PRM': ('wsol_nb.methods.pooling',
                     'Peak stimulation (Zhou et al., CVPR 2018).',

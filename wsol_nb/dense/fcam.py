@@ -29,5 +29,6 @@ class FCAM(SeededMaps):
     t_max: float = 10.
 
     def terms(self):
-        more = dict(crf=(self.crf, CRFTerm(self.crf_side, self.sigma_rgb, self.sigma_xy, self.crf_start)), size=(self.size, SizeTerm(self.t0, self.mu, self.t_max)))
-        return super().terms() | {k: v for k, v in more.items() if v[0]}
+        crf = CRFTerm(self.crf_side, self.sigma_rgb, self.sigma_xy, self.crf_start)
+        more = dict(crf=(self.crf, crf), size=(self.size, SizeTerm(self.t0, self.mu, self.t_max)))
+        return super().terms() | {name: term for name, term in more.items() if term[0]}

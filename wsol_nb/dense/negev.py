@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..core import expect
 from ..data.loaders import WSOLDataLoaders
 from .seeded import SeededMaps
 from .terms import SumOfTerms, seed_term
@@ -24,13 +25,16 @@ from ..registry import localizer, method
 class PositiveSeeds:
     "Cross-entropy on the seeds of the images that may have foreground."
     is_negative: Callable # (B,) class positions -> (B,) bool
+
     def __call__(self, step):
-        return seed_term(step._replace(seeds=step.seeds.masked_fill(self.is_negative(step.y)[:, None, None], 255)))
+        normal = self.is_negative(step.y)[:, None, None]
+        return seed_term(step._replace(seeds=step.seeds.masked_fill(normal, 255)))
 
 @dataclass
 class NegativeImages:
     "Cross-entropy with background, on all pixels of the images whose class has no foreground."
     is_negative: Callable # (B,) class positions -> (B,) bool
+
     def __call__(self, step):
         labels = torch.where(self.is_negative(step.y), 0, 255)[:, None, None]
         return partial_cross_entropy(step.full, labels.expand(-1, *step.full.shape[-2:]))
@@ -39,26 +43,28 @@ class NegativeImages:
 @method(stages=2, paper='Belharbi et al., MIDL 2022', bib='belharbi2022negev')
 @dataclass
 class NEGEV(SeededMaps):
-    "NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, every pixel of those without."
+    "NEGEV (Belharbi et al., MIDL 2022): seeds on images with foreground, all pixels of the others."
     fg: str = 'map'
     dilate: int = 3
-    views: int = 4 # seeds come from the mean of the maps of the image and its mirror images: tissue has no up and down
+    views: int = 4 # the mean over the image and its mirror images: tissue has no up and down
     lam: float = 1. # weight of the seeds
-    negatives: bool = None # learn from fully negative images; None: where the data have a negative class
+    negatives: bool = None # learn from negative images; None: where the data have such a class
     recipe = SeededMaps.recipe | dict(epochs=20, bs=16, resize=None)
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.lam < float('inf'): raise ValueError(f'lam={self.lam!r}: expected a finite weight of at least 0')
+        expect(0 <= self.lam < float('inf'), 'lam', self.lam, 'a finite weight of at least 0')
 
     def terms(self): return super().terms() | {'seeds': (self.lam, seed_term)}
 
     def begin(self, learn):
         super().begin(learn)
         info = learn.dls.info
-        if self.negatives and not info.negative: raise ValueError('negatives=True: these data have no negative class; expected negatives=None, or loaders with negative=')
-        evidence = {'seeds': (self.lam, PositiveSeeds(info.is_negative)), 'negatives': (1., NegativeImages(info.is_negative))}
-        if self.negatives is False or not info.negative: del evidence['negatives']
+        expect(info.negative or not self.negatives, 'negatives', self.negatives,
+               'None, or loaders with negative=, since these data have no negative class')
+        evidence = {'seeds': (self.lam, PositiveSeeds(info.is_negative))}
+        if info.negative and self.negatives is not False:
+            evidence['negatives'] = (1., NegativeImages(info.is_negative))
         learn.loss_func = SumOfTerms(self.terms() | evidence)
 
 # %% ../../nbs/6_dense/05_negev.ipynb #b5389adb
@@ -74,12 +80,15 @@ class QuietMaps(HeadMaps):
 
     def compute(self, x, target, create_graph):
         logits, maps = super().compute(x, target, create_graph)
-        quiet = torch.isin(logits.argmax(1), torch.tensor(self.negative, dtype=torch.int64, device=x.device))
+        negative = torch.tensor(self.negative, dtype=torch.int64, device=x.device)
+        quiet = torch.isin(logits.argmax(1), negative)
         return logits, maps*(~quiet).view(-1, *[1]*(maps.ndim - 1))
 
+# %% ../../nbs/6_dense/05_negev.ipynb #cc46c7b4
 def positives(
     dls:WSOLDataLoaders, # whose `info.negative` names classes
 )->WSOLDataLoaders: # for `evaluate`; the training images are the same
     "The same data, where only images of classes that are not negative are scored."
     df = dls.info.manifest
-    return WSOLDataLoaders(*dls.loaders, path=dls.path, device=dls.device, info=replace(dls.info, manifest=df[~np.isin(df.label, dls.info.negative)]))
+    info = replace(dls.info, manifest=df[~np.isin(df.label, dls.info.negative)])
+    return WSOLDataLoaders(*dls.loaders, path=dls.path, device=dls.device, info=info)

@@ -28,18 +28,20 @@ class Step(NamedTuple):
     probs: torch.Tensor  # (B,2,h,w) their softmax; channel 1 is foreground
 
 class SumOfTerms(nn.Module):
-    "The loss: a weighted sum of terms of a `Step`; outside training the cross-entropy of the classes."
+    "The loss: a weighted sum of terms of a `Step`; outside training the classes' cross-entropy."
     def __init__(self,
         terms:dict, # name -> (weight, callable of a Step)
     ):
         super().__init__()
-        self.weights, self.terms, self.values = {k: w for k, (w, _) in terms.items()}, {k: t for k, (_, t) in terms.items()}, {}
+        self.weights = {name: weight for name, (weight, _) in terms.items()}
+        self.terms = {name: term for name, (_, term) in terms.items()}
+        self.values = {}
 
     def forward(self, pred, y, x=None, seeds=None):
         if x is None: return F.cross_entropy(pred, y)
         step = Step(x, y, seeds, pred.logits, pred.full, pred.full.float().softmax(1))
-        self.values = {k: t(step) for k, t in self.terms.items()}
-        return sum(self.weights[k]*v for k, v in self.values.items())
+        self.values = {name: term(step) for name, term in self.terms.items()}
+        return sum(self.weights[name]*v for name, v in self.values.items())
 
     def activation(self, logits): return logits.softmax(1)
     def decodes(self, logits): return logits.argmax(1)
@@ -53,6 +55,7 @@ def class_term(step):
     "Cross-entropy of the classes, where the classifier learns too."
     return F.cross_entropy(step.logits.float(), step.y)
 
+# %% ../../nbs/6_dense/02_terms.ipynb #7b557758
 @dataclass
 class CRFTerm:
     "The dense CRF energy of a step's map, over the sum of its kernel, on a grid of `side` pixels."
@@ -61,14 +64,19 @@ class CRFTerm:
     sigma_xy: float # in pixels of a 224x224 image
     start: int = 0 # epochs before it counts
     epoch: int = 0
-    def set_epoch(self, epoch): self.epoch = epoch
-    def __call__(self, step):
-        side = step.x.shape[-1]
-        if self.epoch < self.start: return 0*step.probs.sum()
-        return DenseCRFLoss(self.sigma_rgb, self.sigma_xy*side/224, scale=min(1, self.side/side), form='potts', normalise='kernel')(step.x, step.probs)
 
+    def set_epoch(self, epoch): self.epoch = epoch
+
+    def __call__(self, step):
+        if self.epoch < self.start: return 0*step.probs.sum()
+        side = step.x.shape[-1]
+        sigma_xy, scale = self.sigma_xy*side/224, min(1, self.side/side)
+        crf = DenseCRFLoss(self.sigma_rgb, sigma_xy, scale, form='potts', normalise='kernel')
+        return crf(step.x, step.probs)
+
+# %% ../../nbs/6_dense/02_terms.ipynb #57eedcc1
 class SizeTerm:
-    "Both regions are to be large: the absolute size constraint, as a barrier whose t grows with the epochs."
+    "Both regions are to be large: the absolute size constraint; its t grows with the epochs."
     def __init__(self, t0, mu, t_max): self.loss = AbsoluteSizeBarrier(t0=t0, mu=mu, t_max=t_max)
     def set_epoch(self, epoch): self.loss.step(epoch)
     def __call__(self, step): return self.loss(step.probs)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import expect
 from ..registry import did_you_mean
 
 # %% ../../nbs/4_losses/02_crf.ipynb #102d0504
@@ -25,20 +26,28 @@ def crf_features(
     sigma_xy:float=100., # in pixels of an image of `size`
     size=None, # (H,W) in whose pixels `sigma_xy` is given; None: that of `images`
 )->torch.Tensor: # (B,5,N)
-    "Position and colour of each pixel in units of the sigmas, around their mean: W is a Gaussian of their distance."
+    "Position and colour of each pixel in units of the sigmas, around their mean."
     (h, w), (H, W) = images.shape[-2:], size or images.shape[-2:]
-    y, x = (torch.arange(n, device=images.device, dtype=images.dtype)*(N/n/sigma_xy) for n, N in ((h, H), (w, W)))
-    xy = torch.stack(torch.meshgrid(y, x, indexing='ij')).expand(len(images), -1, -1, -1)
-    f = torch.cat([xy, images*(255/sigma_rgb)], 1).flatten(2) # b,5,n
+    def places(n, N):
+        return torch.arange(n, device=images.device, dtype=images.dtype)*(N/n/sigma_xy)
+    xy = torch.stack(torch.meshgrid(places(h, H), places(w, W), indexing='ij')) # 2,h,w
+    f = torch.cat([xy.expand(len(images), -1, -1, -1), images*(255/sigma_rgb)], 1).flatten(2)
     return f - f.mean(-1, keepdim=True)
+
+# %% ../../nbs/4_losses/02_crf.ipynb #c9fe9d29
+def _matmul_precision(device):
+    "Of matrix products: the value for full precision, the present one, and how it is set."
+    backend = torch.backends.cuda if device.type == 'cuda' else torch.backends.mkldnn
+    flags = getattr(backend, 'matmul', None)
+    if hasattr(flags, 'fp32_precision'): # torch 2.9
+        return 'ieee', flags.fp32_precision, partial(setattr, flags, 'fp32_precision')
+    return 'highest', torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision
 
 # %% ../../nbs/4_losses/02_crf.ipynb #ff4cd920
 @contextmanager
 def _full_precision(device):
-    "No autocast, no TF32 or bfloat16 in matrix products: the exponent is a small difference of large numbers."
-    flags = getattr(torch.backends.cuda if device.type == 'cuda' else torch.backends.mkldnn, 'matmul', None)
-    if hasattr(flags, 'fp32_precision'): full, was, put = 'ieee', flags.fp32_precision, lambda v: setattr(flags, 'fp32_precision', v) # torch 2.9
-    else: full, was, put = 'highest', torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision
+    "No autocast, no TF32 or bfloat16: the exponent is a small difference of large numbers."
+    full, was, put = _matmul_precision(device)
     put(full)
     try:
         with torch.autocast(device.type, enabled=False): yield
@@ -49,13 +58,13 @@ def _full_precision(device):
 def kernel_product(
     f, # (B,D,N) features
     V, # (B,M,N) what is multiplied, of the same dtype
-    chunk=None, # rows of W in memory at a time; None: as many as a cache (or a share of the GPU) holds
+    chunk=None, # rows of W in memory at a time; None: what a cache (or a share of the GPU) holds
 )->torch.Tensor: # (B,M,N)
-    "V W with W_pq = exp(-|f_p - f_q|²/2), exact; W is made a chunk at a time, its symmetric half once."
+    "V W with W_pq = exp(-|f_p - f_q|²/2), exact; W is made a chunk at a time, half of it."
     B, _, N = f.shape
     rows = min(N, chunk or max(16, 2**(26 if f.is_cuda else 20)//(B*N)))
     half, one = -f.pow(2).sum(1, keepdim=True)/2, torch.ones_like(f[:, :1])
-    left, right = torch.cat([f, half, one], 1).mT, torch.cat([f, one, half], 1) # their product: -|f_p - f_q|²/2
+    left, right = torch.cat([f, half, one], 1).mT, torch.cat([f, one, half], 1)
     out, memory = torch.zeros_like(V), f.new_empty(B*rows*N)
     with _full_precision(f.device):
         for i in range(0, N, rows):
@@ -67,6 +76,33 @@ def kernel_product(
             if j < N: out[:, :, i:j].baddbmm_(V[:, :, j:], W[:, :, j - i:].mT)
     return out
 
+# %% ../../nbs/4_losses/02_crf.ipynb #3979d45a
+def _nodes(f, cell):
+    "Lowest corner of each pixel's cell and its place in it, (B,D,N); nodes along each axis."
+    x = (f - f.amin(-1, keepdim=True))/cell
+    low, n = x.long(), (x.amax((0, 2)).long() + 2).tolist()
+    return low, x - low, n
+
+def _corners(low, t, n, by):
+    "Each of the 2^D corners: its node for each pixel (BN,), and the weight there over `by` (BN,1)."
+    B, D, _ = low.shape
+    step = torch.tensor([math.prod(n[d + 1:]) for d in range(D)], device=low.device)
+    at = (low*step[:, None]).sum(1) + math.prod(n)*torch.arange(B, device=low.device)[:, None] # b,n
+    for c in torch.cartesian_prod(*[torch.arange(2, device=low.device)]*D).view(-1, D):
+        w = torch.where(c[:, None] > 0, t, 1 - t).prod(1, keepdim=True)/by
+        yield (at + (c*step).sum()).flatten(), w.mT.flatten(0, 1)
+
+# %% ../../nbs/4_losses/02_crf.ipynb #67afb1b1
+def _blurs(n, cell, f):
+    "G of each axis, narrower than 1 by what the hats add: cell²/3."
+    nodes = [torch.arange(k).to(f) for k in n]
+    return [(-(cell*(i[:, None] - i)).pow(2)/(2 - 2*cell**2/3)).exp() for i in nodes]
+
+def _own(t, G):
+    "The diagonal of PGPᵀ, (B,1,N)."
+    by_axis = [1 - 2*t[:, d]*(1 - t[:, d])*(1 - G[d][0, 1]) for d in range(len(G))]
+    return torch.stack(by_axis, 1).prod(1, keepdim=True)
+
 # %% ../../nbs/4_losses/02_crf.ipynb #019caea9
 @torch.no_grad()
 def grid_product(
@@ -74,33 +110,26 @@ def grid_product(
     V, # (B,M,N) what is multiplied, of the same dtype
     cell:float=.75, # side of a cell in sigmas, above 0, at most 1
 )->torch.Tensor: # (B,M,N)
-    "V W approximately, in linear time: splat V to a D-dimensional grid, blur it there along each axis, slice the pixels out."
-    if not f.is_cuda and len(f) > 1: return torch.cat([grid_product(*one, cell) for one in zip(f.split(1), V.split(1))])
-    B, D, N = f.shape
-    x = (f - f.amin(-1, keepdim=True))/cell
-    low, n = x.long(), (x.amax((0, 2)).long() + 2).tolist() # b,d,n; nodes along each axis
-    if B*math.prod(n)*V.shape[1] > 2**28: raise ValueError(f'cell={cell}: a grid of {"x".join(map(str, n))} nodes for each of {B} images; a larger cell, larger sigmas, or the exact kernel (cell=None)')
-    t, step = x - low, torch.tensor([math.prod(n[d + 1:]) for d in range(D)], device=f.device)
-    G = [(-(cell*(i[:, None] - i)).pow(2)/(2 - 2*cell**2/3)).exp() for i in (torch.arange(k).to(f) for k in n)] # hats widen it by cell²/3
-    own = torch.stack([1 - 2*t[:, d]*(1 - t[:, d])*(1 - G[d][0, 1]) for d in range(D)], 1).prod(1, keepdim=True) # b,1,n: W̃_pp, made 1 below
-    at = (low*step[:, None]).sum(1) + math.prod(n)*torch.arange(B, device=f.device)[:, None] # b,n
-    corners = [((at + (c*step).sum()).flatten(), (torch.where(c[:, None] > 0, t, 1 - t).prod(1, keepdim=True)/own.sqrt()).mT.flatten(0, 1))
-               for c in torch.cartesian_prod(*[torch.arange(2, device=f.device)]*D).view(-1, D)]
-    flat, grid = V.mT.flatten(0, 1), f.new_zeros(B*math.prod(n), V.shape[1]) # bn,m
+    "V W approximately, in linear time: splat V to a D-dimensional grid, blur, slice pixels out."
+    if not f.is_cuda and len(f) > 1:
+        return torch.cat([grid_product(*one, cell) for one in zip(f.split(1), V.split(1))])
+    (B, _, N), M = f.shape, V.shape[1]
+    low, t, n = _nodes(f, cell)
+    expect(B*math.prod(n)*M <= 2**28, 'cell', cell, 'a larger cell, larger sigmas, or the exact '
+           f'kernel (cell=None), since this grid has {n} nodes for each of {B} images')
+    G = _blurs(n, cell, f)
+    corners = [*_corners(low, t, n, _own(t, G).sqrt())]
+    flat, grid = V.mT.flatten(0, 1), f.new_zeros(B*math.prod(n), M) # bn,m
     for where, w in corners: grid.index_add_(0, where, flat*w)
-    grid = grid.view(B, *n, -1)
+    grid = grid.view(B, *n, M)
     with _full_precision(f.device):
-        for d in range(D): grid = torch.tensordot(grid, G[d], ([d + 1], [0])).movedim(-1, d + 1)
-    grid = grid.reshape(-1, V.shape[1])
-    return sum(grid[where]*w for where, w in corners).view(B, N, -1).mT
-
-# %% ../../nbs/4_losses/02_crf.ipynb #c1cb4077
-def _product(chunk, cell):
-    "The product with W, exact or on a grid."
-    return partial(kernel_product, chunk=chunk) if cell is None else partial(grid_product, cell=cell)
+        for d, g in enumerate(G): grid = torch.tensordot(grid, g, ([d + 1], [0])).movedim(-1, d + 1)
+    grid = grid.reshape(-1, M)
+    return sum(grid[where]*w for where, w in corners).view(B, N, M).mT
 
 # %% ../../nbs/4_losses/02_crf.ipynb #0acfce62
 class _Energy(torch.autograd.Function):
+    "Energy of each image; its gradient is made in the forward pass."
     @staticmethod
     def forward(ctx, S, f, r, form, normalise, product): # b,k,n  b,5,n  b,1,n
         S, K = S*r, S.shape[1]
@@ -108,59 +137,49 @@ class _Energy(torch.autograd.Function):
         WS, d = WV[:, :K], WV[:, K:] # b,k,n  b,1,n
         if form == 'potts': E, grad = (S*(d - WS)).sum((1, 2)), d - 2*WS
         else: E, grad = -(S*WS).sum((1, 2)), -2*WS
-        by = dict(none=torch.ones_like(E), pixels=r.sum((1, 2)), kernel=(r*d).sum((1, 2)))[normalise]
-        by = torch.where(by > 0, by, 1) # an image without a pixel has no energy
-        ctx.save_for_backward(grad*r/by[:, None, None])
-        return E/by
+        n = dict(none=torch.ones_like(E), pixels=r.sum((1, 2)), kernel=(r*d).sum((1, 2)))[normalise]
+        n = torch.where(n > 0, n, 1) # an image without a pixel has no energy
+        ctx.save_for_backward(grad*r/n[:, None, None])
+        return E/n
 
     @staticmethod
     def backward(ctx, dE):
-        if torch.is_grad_enabled(): raise RuntimeError('the dense CRF energy has no second derivative (create_graph=True)')
+        if torch.is_grad_enabled():
+            raise RuntimeError('the dense CRF energy has no second derivative (create_graph=True)')
         return ctx.saved_tensors[0]*dE[:, None, None], *[None]*5
 
 # %% ../../nbs/4_losses/02_crf.ipynb #66b055ad
 FORMS, NORMALISE = ('assoc', 'potts'), ('none', 'pixels', 'kernel')
 
 def _choice(name, value, known):
-    if value not in known: raise ValueError(f'{name}={value!r}: expected one of {", ".join(map(repr, known))}; {did_you_mean(value, known)}')
+    if value not in known:
+        raise ValueError(f'{name}={value!r}: expected one of {known}; {did_you_mean(value, known)}')
     return value
 
-def _positive(name, value, most=float('inf')):
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float('inf') or value > most:
-        raise ValueError(f'{name}={value!r}: expected a number above 0{"" if most == float("inf") else f", at most {most:g}"}')
+def _positive(name, value, most=math.inf):
+    ok = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+    limit = '' if most == math.inf else f', at most {most:g}'
+    expect(ok and value <= most, name, value, f'a number above 0{limit}')
     return float(value)
 
-def _check_chunk(chunk):
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1): raise ValueError(f'chunk={chunk!r}: expected a number of rows, or None')
-    return chunk
+def _whole(name, value, least, wanted):
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    expect(ok, name, value, wanted)
+    return value
 
-def _check_inputs(images, probs, roi=None):
-    "TypeError or ValueError unless these are images in [0,1], class probabilities and a mask of one batch."
-    for name, t in dict(images=images, probs=probs).items():
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point(): raise TypeError(f'{name}: expected a float tensor, got {getattr(t, "dtype", type(t).__name__)}')
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape: raise ValueError(f'images: expected shape (B,3,H,W), got {tuple(images.shape)}')
-    if probs.ndim != 4 or probs.shape[1] < 2 or 0 in probs.shape: raise ValueError(f'probs: expected shape (B,K,h,w) with K of 2 or more, got {tuple(probs.shape)}')
-    if len(images) != len(probs): raise ValueError(f'probs: {len(probs)} maps came with {len(images)} images')
-    if roi is not None and (not isinstance(roi, torch.Tensor) or roi.shape != images[:, 0].shape):
-        raise ValueError(f'roi: expected shape (B,H,W) = {tuple(images[:, 0].shape)}, got {tuple(getattr(roi, "shape", ()))}')
-    i0, i1, p0, p1 = torch.stack([v.float() for t in (images, probs) for v in t.detach().aminmax()]).tolist() # one wait for the GPU
-    if not (i0 >= -1e-3 and i1 <= 1 + 1e-3): raise ValueError(f'images: expected RGB in [0,1], neither 0 to 255 nor normalised, got {i0:.4g} to {i1:.4g}')
-    if p0 < -1e-3 or p1 > 1 + 1e-3: raise ValueError(f'probs: expected probabilities (softmax over K), got {p0:.4g} to {p1:.4g}') # a NaN goes through: a GradScaler has to see it
+def _check_chunk(chunk):
+    return None if chunk is None else _whole('chunk', chunk, 1, 'a number of rows, or None')
+
+def _product(chunk, cell):
+    "The product with W, exact or on a grid."
+    if cell is None: return partial(kernel_product, chunk=chunk)
+    return partial(grid_product, cell=cell)
 
 # %% ../../nbs/4_losses/02_crf.ipynb #65b96328
 def _at_least_float32(*tensors):
     "The tensors in one dtype, float32 or float64."
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [t.to(dtype) for t in tensors]
-
-def _resize(x, size, weight=None):
-    "(B,C,h,w) at another size: averages of areas where it shrinks, bilinear where it grows; weighted by (B,1,h,w)."
-    if weight is not None:
-        weight = _resize(weight, x.shape[-2:])
-        return _resize(x*weight, size)/_resize(weight, size).clamp_min(1e-6)
-    if tuple(x.shape[-2:]) == tuple(size): return x
-    shrinks = all(a >= b for a, b in zip(x.shape[-2:], size))
-    return F.interpolate(x, size, mode='area') if shrinks else F.interpolate(x, size, mode='bilinear', antialias=True)
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return [t.to(torch.float64 if double else torch.float32) for t in tensors]
 
 # %% ../../nbs/4_losses/02_crf.ipynb #3a7357e1
 def dense_crf_energy(
@@ -171,21 +190,57 @@ def dense_crf_energy(
     sigma_xy:float=100., # in pixels of an image of `size`
     size=None, # (H,W) in whose pixels `sigma_xy` is given; None: that of `images`
     form:str='assoc', # 'assoc': -Σ S_kᵀWS_k, or 'potts': Σ S_kᵀW(1-S_k)
-    normalise:str='none', # divide by nothing, by the number of 'pixels', or by the sum of the 'kernel', 1ᵀW1
+    normalise:str='none', # divide by nothing, the number of 'pixels', or the sum of the 'kernel'
     chunk=None, # rows of W in memory at a time; None: chosen
-    cell=None, # None: exact; or an approximation in linear time, on a grid with cells of so many sigmas (.75)
+    cell=None, # None: exact; or in linear time, on a grid with cells of so many sigmas (.75)
 )->torch.Tensor: # (B,)
     "Dense CRF energy of each image, in float32 or float64; differentiable in `probs`."
     images, probs = _at_least_float32(images.detach(), probs)
-    if probs.shape[-2:] != images.shape[-2:]: raise ValueError(f'probs: expected the size of the images, {tuple(images.shape[-2:])}, got {tuple(probs.shape[-2:])}; DenseCRFLoss resizes')
+    at, wanted = tuple(probs.shape[-2:]), tuple(images.shape[-2:])
+    expect(at == wanted, 'probs.shape[-2:]', at, f'{wanted}, as the images; DenseCRFLoss resizes')
+    form, normalise = _choice('form', form, FORMS), _choice('normalise', normalise, NORMALISE)
     f = crf_features(images, sigma_rgb, sigma_xy, size)
     r = torch.ones_like(f[:, :1]) if roi is None else roi.to(f).flatten(1)[:, None]
-    return _Energy.apply(probs.flatten(2), f, r, _choice('form', form, FORMS), _choice('normalise', normalise, NORMALISE), _product(chunk, cell))
+    return _Energy.apply(probs.flatten(2), f, r, form, normalise, _product(chunk, cell))
 
 # %% ../../nbs/4_losses/02_crf.ipynb #7db3df46
 def _small(images, scale):
     "The size of images at a scale."
     return tuple(max(1, round(_positive('scale', scale, 1)*n)) for n in images.shape[-2:])
+
+def _resize(x, size, weight=None):
+    "(B,C,h,w) at another size: means of areas, bilinear where it grows; weighted by (B,1,h,w)."
+    if weight is not None:
+        weight = _resize(weight, x.shape[-2:])
+        return _resize(x*weight, size)/_resize(weight, size).clamp_min(1e-6)
+    if tuple(x.shape[-2:]) == tuple(size): return x
+    shrinks = all(a >= b for a, b in zip(x.shape[-2:], size))
+    if shrinks: return F.interpolate(x, size, mode='area')
+    return F.interpolate(x, size, mode='bilinear', antialias=True)
+
+# %% ../../nbs/4_losses/02_crf.ipynb #1a713568
+def _check_shapes(images, probs, roi):
+    for name, t in dict(images=images, probs=probs).items():
+        ok = isinstance(t, torch.Tensor) and t.is_floating_point()
+        expect(ok, f'{name}.dtype', getattr(t, 'dtype', type(t)), 'a float tensor', TypeError)
+    I, S = tuple(images.shape), tuple(probs.shape)
+    expect(len(I) == 4 and I[1] == 3 and 0 not in I, 'images.shape', I, '(B,3,H,W)')
+    expect(len(S) == 4 and S[1] >= 2 and 0 not in S, 'probs.shape', S, '(B,K,h,w), K of 2 or more')
+    expect(I[0] == S[0], 'len(probs)', S[0], f'{I[0]}, as many maps as images')
+    if roi is not None:
+        got, wanted = tuple(getattr(roi, 'shape', ())), (I[0], *I[2:])
+        ok = isinstance(roi, torch.Tensor) and got == wanted
+        expect(ok, 'roi.shape', got, f'(B,H,W) = {wanted}')
+
+def _check_inputs(images, probs, roi=None):
+    "An error unless these are images in [0,1], class probabilities and a mask of one batch."
+    _check_shapes(images, probs, roi)
+    ends = torch.stack([v.float() for t in (images, probs) for v in t.detach().aminmax()])
+    i0, i1, p0, p1 = ends.tolist() # one wait for the GPU
+    colours, chances = f'{i0:.4g} to {i1:.4g}', f'{p0:.4g} to {p1:.4g}'
+    expect(i0 >= -1e-3 and i1 <= 1 + 1e-3, 'images', colours,
+           'RGB in [0,1], neither 0 to 255 nor normalised')
+    expect(not (p0 < -1e-3 or p1 > 1 + 1e-3), 'probs', chances, 'probabilities (softmax over K)')
 
 # %% ../../nbs/4_losses/02_crf.ipynb #2e744e07
 class DenseCRFLoss(nn.Module):
@@ -194,15 +249,17 @@ class DenseCRFLoss(nn.Module):
         sigma_rgb:float=15., # in grey levels, 0 to 255
         sigma_xy:float=100., # in pixels of the images
         scale:float=1., # of the images at which pixels are compared, in (0,1]
-        normalise:str='none', # divide each image's energy by nothing, by its 'pixels', or by the sum of its 'kernel'
+        normalise:str='none', # divide an image's energy by nothing, its 'pixels', or its 'kernel'
         form:str='assoc', # 'assoc': -Σ S_kᵀWS_k, or 'potts': Σ S_kᵀW(1-S_k)
         chunk=None, # rows of W in memory at a time; None: chosen
-        cell=None, # None: exact; or an approximation in linear time, on a grid with cells of so many sigmas (.75)
+        cell=None, # None: exact; or in linear time, on a grid with cells of so many sigmas (.75)
     ):
         super().__init__()
-        self.sigma_rgb, self.sigma_xy, self.scale = _positive('sigma_rgb', sigma_rgb), _positive('sigma_xy', sigma_xy), _positive('scale', scale, 1)
-        self.normalise, self.form = _choice('normalise', normalise, NORMALISE), _choice('form', form, FORMS)
-        self.chunk, self.cell = _check_chunk(chunk), None if cell is None else _positive('cell', cell, 1)
+        self.sigma_rgb = _positive('sigma_rgb', sigma_rgb)
+        self.sigma_xy, self.scale = _positive('sigma_xy', sigma_xy), _positive('scale', scale, 1)
+        self.normalise = _choice('normalise', normalise, NORMALISE)
+        self.form, self.chunk = _choice('form', form, FORMS), _check_chunk(chunk)
+        self.cell = None if cell is None else _positive('cell', cell, 1)
 
     def forward(self,
         images, # (B,3,H,W) float RGB in [0,1]
@@ -212,12 +269,16 @@ class DenseCRFLoss(nn.Module):
         _check_inputs(images, probs, roi)
         (I, S), size = _at_least_float32(images.detach(), probs), _small(images, self.scale)
         r = None if roi is None else roi.to(I)[:, None]
-        I, S, r = _resize(I, size, r), _resize(S, size, r), None if r is None else _resize(r, size)[:, 0]
-        return dense_crf_energy(I, S, r, self.sigma_rgb, self.sigma_xy, images.shape[-2:], self.form, self.normalise, self.chunk, self.cell).mean()
+        I, S = _resize(I, size, r), _resize(S, size, r)
+        if r is not None: r = _resize(r, size)[:, 0]
+        return dense_crf_energy(I, S, r, self.sigma_rgb, self.sigma_xy, images.shape[-2:],
+                                self.form, self.normalise, self.chunk, self.cell).mean()
 
-    def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)!r}' for k in ('sigma_rgb', 'sigma_xy', 'scale', 'normalise', 'form', 'cell'))
+    def extra_repr(self):
+        names = 'sigma_rgb', 'sigma_xy', 'scale', 'normalise', 'form', 'cell'
+        return ', '.join(f'{k}={getattr(self, k)!r}' for k in names)
 
-# %% ../../nbs/4_losses/02_crf.ipynb #57850ef9
+# %% ../../nbs/4_losses/02_crf.ipynb #3327d9db
 @torch.no_grad()
 def mean_affinity(
     images, # (B,3,H,W) float RGB in [0,1]
@@ -232,6 +293,7 @@ def mean_affinity(
     f = crf_features(_resize(I, _small(I, scale)), sigma_rgb, sigma_xy, I.shape[-2:])
     return _product(None, cell)(f, torch.ones_like(f[:, :1])).mean((1, 2))/f.shape[-1]
 
+# %% ../../nbs/4_losses/02_crf.ipynb #57850ef9
 def lattice_weight(
     weight:float=2e-9, # the literature's, for a permutohedral lattice and a sum over pixels
     size=(224, 224), # (H,W) of the training images
@@ -242,9 +304,26 @@ def lattice_weight(
     calibrated=(224, 224), # (H,W) of the images that `weight` was chosen on
 )->float:
     "About the weight that makes a `DenseCRFLoss` pull as the literature's does."
-    N, N0 = math.prod(max(1, round(_positive('scale', scale, 1)*n)) for n in size), math.prod(calibrated)
-    if _choice('normalise', normalise, NORMALISE) == 'kernel' and affinity is None: raise ValueError("affinity=None: with normalise='kernel' the weight depends on the images; expected mean_affinity(images).mean()")
+    scale, N0 = _positive('scale', scale, 1), math.prod(calibrated)
+    N = math.prod(max(1, round(scale*n)) for n in size)
+    needed = _choice('normalise', normalise, NORMALISE) == 'kernel'
+    expect(affinity is not None or not needed, 'affinity', affinity,
+           "mean_affinity(images).mean(): with 'kernel' the weight depends on the images")
     return attenuation*weight*N0**2*dict(none=N**-2, pixels=1/N, kernel=affinity)[normalise]
+
+# %% ../../nbs/4_losses/02_crf.ipynb #99c256b1
+def _check_rounds(n_iter, **weights):
+    _whole('n_iter', n_iter, 0, 'a number of rounds')
+    for name, w in weights.items(): expect(0 <= w < math.inf, name, w, 'a number of at least 0')
+
+def _others(product, f, V):
+    "(W-1)V, what each pixel gets of all others, (B,M,N)."
+    return product(f, V) - V
+
+def _evened(product, f):
+    "The diagonal of Λ, (B,1,N); 0 for a pixel that is like no other."
+    d = _others(product, f, torch.ones_like(f[:, :1]))
+    return torch.where(d > 1e-3, d.rsqrt(), 0)
 
 # %% ../../nbs/4_losses/02_crf.ipynb #058cd374
 @torch.no_grad()
@@ -263,17 +342,15 @@ def mean_field(
 )->torch.Tensor: # (B,K,h,w)
     "Probabilities refined to fit the image (mean field of a dense CRF, Krähenbühl & Koltun 2011)."
     _check_inputs(images, probs)
-    if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 0: raise ValueError(f'n_iter={n_iter!r}: expected a number of rounds')
-    for name, w in dict(w_bilateral=w_bilateral, w_gauss=w_gauss).items():
-        if not 0 <= w < math.inf: raise ValueError(f'{name}={w!r}: expected a number of at least 0')
-    (I, S), size, product = _at_least_float32(images, probs), _small(images, scale), _product(_check_chunk(chunk), cell)
+    _check_rounds(n_iter, w_bilateral=w_bilateral, w_gauss=w_gauss)
+    product, size = _product(_check_chunk(chunk), cell), _small(images, scale)
+    I, S = _at_least_float32(images, probs)
     f = crf_features(_resize(I, size), sigma_rgb, sigma_xy, I.shape[-2:])
+    near = f[:, :2]*(sigma_xy/sigma_gauss)
+    kernels = [(w, g, _evened(product, g)) for w, g in ((w_bilateral, f), (w_gauss, near))]
     Q = _resize(S, size).flatten(2) # b,k,n
-    log_S, kernels = Q.clamp_min(1e-6).log(), []
-    for w, g in ((w_bilateral, f), (w_gauss, f[:, :2]*(sigma_xy/sigma_gauss))):
-        d = product(g, torch.ones_like(g[:, :1])) - 1 # neighbours, oneself excluded
-        kernels.append((w, g, torch.where(d > 1e-3, d.rsqrt(), 0)))
+    log_S = Q.clamp_min(1e-6).log()
     for _ in range(n_iter):
-        heard = sum(w*m*(product(g, Q*m) - Q*m) for w, g, m in kernels)
+        heard = sum(w*m*_others(product, g, Q*m) for w, g, m in kernels)
         Q = (log_S + heard).softmax(1)
     return _resize(Q.unflatten(2, size), probs.shape[-2:]).to(probs)

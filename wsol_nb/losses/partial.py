@@ -8,6 +8,7 @@ __all__ = ['IGNORE', 'WEAK_FORMS', 'widen', 'describe', 'check_maps', 'check_lab
            'weak_tags']
 
 # %% ../../nbs/4_losses/01_partial.ipynb #718dc67a
+from functools import partial
 from numbers import Integral
 
 import cv2
@@ -18,10 +19,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
 from torch import nn
 
-from ..core import check_boxes
+from ..core import check_boxes, expect
 from ..data.worlds.base import mask_box
 
-# %% ../../nbs/4_losses/01_partial.ipynb #4171c7bd
+# %% ../../nbs/4_losses/01_partial.ipynb #b91104bc
 IGNORE = 255
 
 def widen(
@@ -30,6 +31,7 @@ def widen(
     "Losses are computed in float32 at least, also under autocast."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../../nbs/4_losses/01_partial.ipynb #e3fdff43
 def describe(
     x, # whatever came
 )->str: # shape and dtype of a tensor, else the type
@@ -41,21 +43,27 @@ def check_maps(
     name:str, # how the message names it
 ):
     "A ValueError unless `x` is a batch of K maps."
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point(): raise ValueError(f'{name}: expected a (B,K,H,W) float tensor, got {describe(x)}')
+    ok = isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point()
+    expect(ok, name, describe(x), 'a (B,K,H,W) float tensor')
 
+# %% ../../nbs/4_losses/01_partial.ipynb #4171c7bd
 def check_labels(
     logits:torch.Tensor, # (B,K,H,W)
     labels:torch.Tensor, # (B,H,W) int64
     ignore:int=IGNORE, # the value that is no class
 ):
-    "A ValueError or TypeError where `labels` are no label map of `logits`; the message names the first strange value."
+    "A ValueError or TypeError where `labels` are no label map of `logits`; names an odd value."
     check_maps(logits, 'logits')
     B, K, H, W = logits.shape
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64: raise TypeError(f'labels: expected an int64 tensor, got {describe(labels)}')
-    if labels.shape != (B, H, W): raise ValueError(f'labels: expected shape {(B, H, W)} for logits of shape {(B, K, H, W)}, got {tuple(labels.shape)}')
-    if 0 <= ignore < K: raise ValueError(f'ignore={ignore}: is one of the {K} classes')
+    whole = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64
+    expect(whole, 'labels', describe(labels), 'an int64 tensor', TypeError)
+    wanted = f'{(B, H, W)} for logits of shape {(B, K, H, W)}'
+    expect(labels.shape == (B, H, W), 'labels.shape', tuple(labels.shape), wanted)
+    expect(not 0 <= ignore < K, 'ignore', ignore, f'a number that is none of the {K} classes')
     odd = labels[((labels < 0) | (labels >= K)) & (labels != ignore)]
-    if len(odd): raise ValueError(f'labels: got {int(odd[0])} ({len(odd)} such pixels), expected a class 0 to {K - 1} or {ignore} (no label)')
+    if len(odd):
+        raise ValueError(f'labels: got {int(odd[0])} ({len(odd)} such pixels), '
+                         f'expected a class 0 to {K - 1} or {ignore} (no label)')
 
 # %% ../../nbs/4_losses/01_partial.ipynb #3271e793
 def partial_cross_entropy(
@@ -66,11 +74,13 @@ def partial_cross_entropy(
 )->torch.Tensor: # scalar, float32 (float64 for float64)
     "Cross-entropy over the labelled pixels; exactly 0, with a zero gradient, where there is none."
     check_labels(logits, labels, ignore)
-    if reduction not in ('mean', 'sum'): raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
+    expect(reduction in ('mean', 'sum'), 'reduction', reduction, "'mean' or 'sum'")
     with torch.autocast(logits.device.type, enabled=False):
         total = F.cross_entropy(widen(logits), labels, ignore_index=ignore, reduction='sum')
-    return total if reduction == 'sum' else total/(labels != ignore).sum().clamp(min=1)
+    if reduction == 'sum': return total
+    return total/(labels != ignore).sum().clamp(min=1)
 
+# %% ../../nbs/4_losses/01_partial.ipynb #93f9277a
 class PartialCELoss(nn.Module):
     "`partial_cross_entropy` as a module."
     def __init__(self,
@@ -80,29 +90,49 @@ class PartialCELoss(nn.Module):
         super().__init__()
         self.ignore, self.reduction = ignore, reduction
 
-    def forward(self, logits, labels): return partial_cross_entropy(logits, labels, self.ignore, self.reduction)
+    def forward(self, logits, labels):
+        return partial_cross_entropy(logits, labels, self.ignore, self.reduction)
+
     def extra_repr(self): return f'ignore={self.ignore}, reduction={self.reduction!r}'
 
 # %% ../../nbs/4_losses/01_partial.ipynb #04bd8648
 def _whole(name, value, least):
     "A whole number of at least `least`, or a ValueError."
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least: raise ValueError(f'{name}={value!r}: expected a whole number of at least {least}')
+    ok = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    expect(ok, name, value, f'a whole number of at least {least}')
     return int(value)
 
 def _true_mask(mask):
     "The mask as an array, or a ValueError."
     mask = np.asarray(mask)
-    if mask.ndim != 2 or 0 in mask.shape or mask.dtype != np.uint8: raise ValueError(f'mask: expected (H,W) uint8, 0 background, 1, 2, … classes, 255 unknown; got {mask.shape} {mask.dtype}')
+    ok = mask.ndim == 2 and 0 not in mask.shape and mask.dtype == np.uint8
+    wanted = '(H,W) uint8: 0 background, 1, 2, … classes, 255 unknown'
+    expect(ok, 'mask', f'{mask.shape} {mask.dtype}', wanted)
     return mask
 
+# %% ../../nbs/4_losses/01_partial.ipynb #6b540a40
 def _classes(mask): return [int(k) for k in np.unique(mask) if k != IGNORE]
 
 def _mark(mask, background, marked):
-    "A label map that holds, of each class's region (H,W) bool, what `marked(region)` (H,W) bool chooses of it."
+    "A label map that holds of each class what `marked` chooses of its region, both (H,W) bool."
     labels, mask = np.full(np.shape(mask), IGNORE, np.uint8), _true_mask(mask)
     for k in _classes(mask):
         if k or background: labels[marked(mask == k) & (mask == k)] = k
     return labels
+
+# %% ../../nbs/4_losses/01_partial.ipynb #b62c2e88
+def _pick(region, n, centre, rng):
+    "Pixels (m,2) y, x of a region: drawn, or the one nearest to its centroid."
+    pixels = np.argwhere(region)
+    if not centre: return pixels[rng.choice(len(pixels), min(n, len(pixels)), replace=False)]
+    off = ((pixels - pixels.mean(0))**2).sum(1)
+    return pixels[off.argmin()][None]
+
+def _dots(region, n, radius, centre, rng):
+    "Discs around pixels of a region, (H,W) bool."
+    dots = np.zeros(region.shape, np.uint8)
+    for y, x in _pick(region, n, centre, rng).tolist(): cv2.circle(dots, (x, y), radius, 1, -1)
+    return dots > 0
 
 # %% ../../nbs/4_losses/01_partial.ipynb #0788a82b
 def weak_points(
@@ -114,14 +144,30 @@ def weak_points(
     generator=0, # seed or numpy Generator
 )->np.ndarray: # (H,W) uint8, 255 where there is no label
     "Points on every class."
-    n, radius, rng = _whole('n', n, 1), _whole('radius', radius, 0), np.random.default_rng(generator)
-    def marked(region):
-        pts, dots = np.argwhere(region), np.zeros(region.shape, np.uint8)
-        if centre: pts = pts[((pts - pts.mean(0))**2).sum(1).argmin()][None]
-        for y, x in pts[rng.choice(len(pts), min(n, len(pts)), replace=False)].tolist() if not centre else pts.tolist():
-            cv2.circle(dots, (x, y), radius, 1, -1)
-        return dots > 0
-    return _mark(mask, background, marked)
+    n, radius = _whole('n', n, 1), _whole('radius', radius, 0)
+    rng = np.random.default_rng(generator)
+    return _mark(mask, background, partial(_dots, n=n, radius=radius, centre=centre, rng=rng))
+
+# %% ../../nbs/4_losses/01_partial.ipynb #23807604
+_STEPS = ((0, 1, 1), (1, 0, 1), (1, 1, 2**.5), (1, -1, 2**.5)) # down, right, how long
+
+def _pairs(grid, down, right):
+    "The values of a grid at the beginning and at the end of each such step."
+    h, w = grid.shape
+    here = grid[:h - down, max(0, -right):w - max(0, right)]
+    there = grid[down:, max(0, right):w + min(0, right)]
+    return here, there
+
+def _ways(cost):
+    "All steps between 8-neighbours that can be made: prices, numbers of the pixels at both ends."
+    number, found = np.arange(cost.size).reshape(cost.shape), []
+    for down, right, far in _STEPS:
+        a, b = _pairs(cost, down, right)
+        i, j = _pairs(number, down, right)
+        price = far*(a + b)/2
+        open_ = np.isfinite(price)
+        found.append((price[open_], i[open_], j[open_]))
+    return map(np.concatenate, zip(*found))
 
 # %% ../../nbs/4_losses/01_partial.ipynb #4ce4200c
 def cheapest_path(
@@ -130,18 +176,37 @@ def cheapest_path(
 )->np.ndarray: # (n,2) y, x from `start` to the pixel that is dearest to reach
     "The cheapest way over 8-neighbours to the farthest pixel."
     h, w = cost.shape
-    at, edges = np.arange(h*w).reshape(h, w), []
-    for (ay, ax), (by, bx), step in (((slice(h), slice(w - 1)), (slice(h), slice(1, w)), 1), ((slice(h - 1), slice(w)), (slice(1, h), slice(w)), 1),
-                                     ((slice(h - 1), slice(w - 1)), (slice(1, h), slice(1, w)), 2**.5), ((slice(h - 1), slice(1, w)), (slice(1, h), slice(w - 1)), 2**.5)):
-        price = step*(cost[ay, ax] + cost[by, bx])/2
-        way = np.isfinite(price)
-        edges.append((price[way], at[ay, ax][way], at[by, bx][way]))
-    price, i, j = map(np.concatenate, zip(*edges))
-    p = start[0]*w + start[1]
-    reach, before = dijkstra(coo_matrix((price, (i, j)), (h*w, h*w)).tocsr(), directed=False, indices=p, return_predecessors=True)
+    first = start[0]*w + start[1]
+    price, i, j = _ways(cost)
+    graph = coo_matrix((price, (i, j)), (h*w, h*w)).tocsr()
+    reach, before = dijkstra(graph, directed=False, indices=first, return_predecessors=True)
     path = [int(np.where(np.isfinite(reach), reach, -1).argmax())]
-    while path[-1] != p: path.append(int(before[path[-1]]))
+    while path[-1] != first: path.append(int(before[path[-1]]))
     return np.stack(np.unravel_index(path[::-1], (h, w)), -1)
+
+# %% ../../nbs/4_losses/01_partial.ipynb #b483e937
+def _largest(region, n):
+    "The `n` largest connected pieces of a region, each (H,W) bool."
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
+    order = np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind='stable')
+    return [pieces == 1 + k for k in order[:n]]
+
+def _stroke(piece, rng):
+    "Pixels (m,2) y, x along the middle of a connected piece."
+    inside = np.pad(piece, 1).astype(np.uint8) # the image's edge is a border too
+    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 5)[1:-1, 1:-1]
+    with np.errstate(divide='ignore'): cost = (.5 + rng.random(depth.shape))/depth
+    pixels = np.argwhere(depth > 0)
+    path = cheapest_path(cost, pixels[rng.integers(len(pixels))])
+    tip = len(path)//8
+    return path[tip:len(path) - tip]
+
+def _strokes(region, n, width, rng):
+    "Strokes along the largest pieces of a region, (H,W) bool."
+    strokes = np.zeros(region.shape, np.uint8)
+    for piece in _largest(region, n): strokes[tuple(_stroke(piece, rng).T)] = 1
+    pen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
+    return cv2.dilate(strokes, pen) > 0
 
 # %% ../../nbs/4_losses/01_partial.ipynb #ae9d7507
 def weak_scribbles(
@@ -152,37 +217,28 @@ def weak_scribbles(
     generator=0, # seed or numpy Generator
 )->np.ndarray: # (H,W) uint8, 255 where there is no label
     "A stroke through every class."
-    n, width, rng = _whole('n', n, 1), _whole('width', width, 1), np.random.default_rng(generator)
-    def marked(region):
-        strokes = np.zeros(region.shape, np.uint8)
-        _, pieces, stats, _ = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
-        for piece in 1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind='stable')[:n]:
-            inside = np.pad(pieces == piece, 1).astype(np.uint8) # the image's edge is a border too
-            depth = cv2.distanceTransform(inside, cv2.DIST_L2, 5)[1:-1, 1:-1]
-            with np.errstate(divide='ignore'): cost = (.5 + rng.random(depth.shape))/depth
-            pts = np.argwhere(depth > 0)
-            path = cheapest_path(cost, pts[rng.integers(len(pts))])
-            path = path[len(path)//8:len(path) - len(path)//8]
-            strokes[tuple(path.T)] = 1
-        return cv2.dilate(strokes, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))) > 0
-    return _mark(mask, background, marked)
+    n, width = _whole('n', n, 1), _whole('width', width, 1)
+    rng = np.random.default_rng(generator)
+    return _mark(mask, background, partial(_strokes, n=n, width=width, rng=rng))
 
 # %% ../../nbs/4_losses/01_partial.ipynb #3d497311
+def _erode(region, times):
+    "The pixels of a region that are deeper than `times`, or its deepest, (H,W) bool."
+    if region.all(): return region
+    depth = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L1, 3)
+    return depth > min(times, depth.max() - 1)
+
 def weak_erosion(
     mask, # (H,W) uint8: 0 background, other classes, 255 unknown
-    times:int=5, # erosions by a 3x3 cross; for a class that would vanish, as many as leave something of it
+    # erosions by a 3x3 cross; for a class that would vanish, as many as leave something of it
+    times:int=5,
     background:bool=True, # mark the background too
     generator=None, # not needed: nothing is drawn
 )->np.ndarray: # (H,W) uint8, 255 where there is no label
     "Every class without its border."
-    times = _whole('times', times, 0)
-    def marked(region):
-        if region.all(): return region
-        depth = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L1, 3)
-        return depth > min(times, depth.max() - 1)
-    return _mark(mask, background, marked)
+    return _mark(mask, background, partial(_erode, times=_whole('times', times, 0)))
 
-# %% ../../nbs/4_losses/01_partial.ipynb #99733bd0
+# %% ../../nbs/4_losses/01_partial.ipynb #3782b894
 def class_boxes(
     mask, # (H,W) uint8: 0 background, other classes, 255 unknown
     margin:int=0, # pixels that the annotator leaves around the object; cut off at the image's edge
@@ -190,7 +246,8 @@ def class_boxes(
     "The box of each class but the background."
     mask, margin = _true_mask(mask), _whole('margin', margin, 0)
     h, w = mask.shape
-    grown = {k: mask_box(mask == k) + np.array([-1, -1, 1, 1])*margin for k in _classes(mask) if k}
+    wider = margin*np.array([-1, -1, 1, 1])
+    grown = {k: mask_box(mask == k) + wider for k in _classes(mask) if k}
     return {k: box.clip(0, [w - 1, h - 1]*2) for k, box in grown.items()}
 
 def box_labels(
@@ -199,9 +256,11 @@ def box_labels(
 )->np.ndarray: # (H,W) uint8: 255 inside a box, 0 outside of all
     "What boxes say of pixels: outside is background."
     labels = np.zeros((size[1], size[0]), np.uint8)
-    for x0, y0, x1, y1 in check_boxes(boxes, size).tolist(): labels[y0:y1 + 1, x0:x1 + 1] = IGNORE
+    for x0, y0, x1, y1 in check_boxes(boxes, size).tolist():
+        labels[y0:y1 + 1, x0:x1 + 1] = IGNORE
     return labels
 
+# %% ../../nbs/4_losses/01_partial.ipynb #99733bd0
 def weak_boxes(
     mask, # (H,W) uint8: 0 background, other classes, 255 unknown
     margin:int=0, # pixels left around each class
@@ -212,13 +271,16 @@ def weak_boxes(
     labels = box_labels(list(boxes.values()), np.shape(mask)[::-1])
     return np.where(np.asarray(mask) == IGNORE, np.uint8(IGNORE), labels)
 
+# %% ../../nbs/4_losses/01_partial.ipynb #cd1ce97e
 def weak_tags(
     mask, # (H,W) uint8: 0 background, other classes, 255 unknown
     n_classes:int, # K, the background counted
 )->np.ndarray: # (K,) bool
     "Which classes are there; index 0 is the background."
-    there = _classes(_true_mask(mask))
-    if there and there[-1] >= _whole('n_classes', n_classes, 1): raise ValueError(f'mask: holds class {there[-1]}, expected 0 to {n_classes - 1} or 255')
+    there, n_classes = _classes(_true_mask(mask)), _whole('n_classes', n_classes, 1)
+    highest = max(there, default=0)
+    expect(highest < n_classes, 'mask.max()', highest, f'0 to {n_classes - 1}, or 255')
     return np.isin(np.arange(n_classes), there)
 
-WEAK_FORMS = dict(points=weak_points, scribbles=weak_scribbles, eroded=weak_erosion, boxes=weak_boxes)
+WEAK_FORMS = dict(points=weak_points, scribbles=weak_scribbles,
+                  eroded=weak_erosion, boxes=weak_boxes)
