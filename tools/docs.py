@@ -3,6 +3,7 @@
 The check processes every notebook as nbdev does for the site, and fails where a notebook is missing from the
 sidebar, the sidebar names one that does not exist, or a link between notebooks, or to a file, leads nowhere.
 """
+import ast
 import json
 import os
 import re
@@ -72,6 +73,54 @@ def processed():
     return {p.relative_to(root/'_proc').as_posix() for p in (root/'_proc').rglob('*.ipynb')}
 
 
+LINK = re.compile(r'\[(`[^`]+`)\]\((https?://[^)]*)\)') # what nbdev makes of a name in backticks
+NOTHING = re.compile(r'def \w+\(\s*\*args, \*\*kwargs\s*\):') # a signature that says nothing
+WORDS = {'size'} # names that are words too: linked on the page that defines them, and nowhere else
+
+
+def fields(cls, file):
+    "A NamedTuple's fields as a signature, or the line that a class begins with."
+    text = (root/file).read_text(encoding='utf-8')
+    node = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == cls)
+    if not any(isinstance(b, ast.Name) and b.id == 'NamedTuple' for b in node.bases):
+        return f'class {cls}({", ".join(map(ast.unparse, node.bases))})'
+    lines = [f'class {cls}(NamedTuple):']
+    for n in node.body:
+        if not isinstance(n, ast.AnnAssign): continue
+        comment = text.splitlines()[n.lineno - 1].partition('#')[2].strip()
+        default = f'={ast.unparse(n.value)}' if n.value else ''
+        line = f'    {n.target.id}:{ast.unparse(n.annotation)}{default}'
+        lines.append(f'{line} # {comment}' if comment else line)
+    return '\n'.join(lines)
+
+
+def mended(text, page):
+    "The markdown of a cell: no links inside of code, no links of words, fields in place of *args."
+    def unlinked(m):
+        word, (where, _, anchor) = m[1].strip('`'), m[2].partition('#')
+        return m[0] if word not in WORDS or where.endswith(page) else m[1]
+    text = LINK.sub(unlinked, text)
+    found = re.search(r'```python\n(def (\w+)\(.*?)\n```', text, flags=re.S)
+    source = re.search(r'blob/main/(wsol_nb/[\w/]+\.py)', text)
+    if not found or not source: return text
+    signature = LINK.sub(lambda m: m[1].strip('`'), found[1])
+    if NOTHING.fullmatch(signature): signature = fields(found[2], source[1])
+    return text[:found.start(1)] + signature + text[found.end(1):]
+
+
+def mend_pages():
+    "What nbdev writes into _proc, as a reader wants it."
+    for nb in (root/'_proc').rglob('*.ipynb'):
+        page = re.sub(r'^\d+_', '', nb.stem) + '.html'
+        cells = json.loads(nb.read_text(encoding='utf-8'))
+        for c in cells['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = mended(''.join(c['source']), page).splitlines(True)
+            for o in c.get('outputs', []):
+                if text := ''.join(o.get('data', {}).get('text/markdown', '')):
+                    o['data']['text/markdown'] = mended(text, page).splitlines(True)
+        nb.write_text(json.dumps(cells, ensure_ascii=False, indent=1), encoding='utf-8')
+
+
 def render(quarto):
     "The site into _docs. README.md is ours (tools/readme.py); `nbdev_docs` would write it too."
     run = subprocess.run([quarto, 'render', '--no-cache'], cwd=root/'_proc', capture_output=True, text=True)
@@ -88,6 +137,7 @@ def check_pages(pages):
     for page in pages:
         text = page.read_text(encoding='utf-8')
         if 'Traceback (most recent call last)' in text: yield f'{page.name}: a traceback'
+        if NOTHING.search(re.sub(r'<[^>]+>', '', text)): yield f'{page.name}: *args, **kwargs as a signature'
         for link in re.findall(r'(?:href|src)="([^"#?]+)', text):
             if not re.match(r'[a-z+]+:|//', link) and not (page.parent/link).exists():
                 yield f'{page.relative_to(root/"_docs")}: {link} leads nowhere'
@@ -97,6 +147,7 @@ def main():
     faults = [*check_sidebar(), *check_links()]
     if faults: sys.exit('\n'.join(faults))
     made, quarto = processed(), shutil.which('quarto')
+    mend_pages()
     missing = notebooks() - made
     if missing: sys.exit(f'not processed: {", ".join(sorted(missing))}')
     if not quarto:
