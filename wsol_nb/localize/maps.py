@@ -26,7 +26,7 @@ def check_preset(preset):
     expect(preset in PRESETS or preset in _PAIRS, 'preset', preset, _KNOWN)
     return preset
 
-# %% ../../nbs/1_evaluation/05_maps.ipynb #ea83118e
+# %% ../../nbs/1_evaluation/05_maps.ipynb #7130d25d
 def _resized(maps, size, mode):
     corners = None if mode == 'nearest' else False
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
@@ -38,7 +38,7 @@ def _check_probabilities(lo, hi, preset):
         raise ValueError(f'preset={preset!r}: these maps are no probabilities, '
                          f'they reach from {lo.min():.3g} to {hi.max():.3g}')
 
-# %% ../../nbs/1_evaluation/05_maps.ipynb #15f7c664
+# %% ../../nbs/1_evaluation/05_maps.ipynb #fb11a26b
 def to_score_maps(
     raw:torch.Tensor, # (...,h,w) raw maps
     size, # (H,W)
@@ -55,7 +55,7 @@ def to_score_maps(
     else: maps = maps.clamp(0, 1)
     return torch.where(torch.isfinite(hi - lo), maps, 0.)
 
-# %% ../../nbs/1_evaluation/05_maps.ipynb #b9c3fc9f
+# %% ../../nbs/1_evaluation/05_maps.ipynb #2cd3e4c4
 def reference_score_map(
     raw, # (h,w) raw map, numpy
     size:int, # side of the square evaluation grid
