@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core import check_boxes, expect
 from .contours import TAUS, LevelBoxes, compiled
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #fdbcb0f1
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #aace981d
 @compiled
 def _area(a, i): return (a[i, 2] - a[i, 0] + 1)*(a[i, 3] - a[i, 1] + 1)
 
@@ -27,7 +27,7 @@ def _shared(a, i, b, j):
     h = max(0, min(a[i, 3], b[j, 3]) - max(a[i, 1], b[j, 1]) + 1)
     return w*h
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #50e7417d
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #d71bcf0f
 @compiled
 def _best_match(boxes, i, true):
     "The best IoU of box `i` with the true ones; the pixels it shares with that one, and its size."
@@ -45,7 +45,7 @@ class Overlaps(NamedTuple):
     multi: np.ndarray    # (T,) the best IoU of all boxes there are
     coverage: np.ndarray # (T,) share of the true box met best in the largest contour's box
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #52131fce
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #b60f60fa
 @compiled
 def _overlaps(boxes, starts, largest, true):
     "Per level: IoU of the largest contour's box, the best IoU, coverage by the largest's."
@@ -58,7 +58,7 @@ def _overlaps(boxes, starts, largest, true):
             out[1, i] = max(out[1, i], iou)
     return out
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #d58a6953
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #1b950b84
 def box_overlaps(
     lb:LevelBoxes, # from `level_boxes`
     true_boxes, # (m,4) inclusive, on the same grid; m >= 1
@@ -89,7 +89,7 @@ def _uniform(z):
     z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11))*2.**-53
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #8749b07b
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #3254499f
 def poisson_weights(
     image_id:str, # the image
     n:int, # how many replicates
@@ -101,14 +101,14 @@ def poisson_weights(
     z = h + np.arange(1, n + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15)
     return np.searchsorted(_POISSON, _uniform(z), side='right')
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #c34973f0
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #a92c24d8
 def _exact_product(w, counts):
     "`w` (n,R) times `counts` (n,…), whole numbers, by floats that hold them exactly."
     kind = np.float32 if counts.dtype == bool else np.float64
     total = w.T.astype(kind) @ counts.reshape(len(counts), -1).astype(kind)
     return np.rint(total).astype(np.int64).reshape(-1, *counts.shape[1:])
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #72a19225
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #6feeb63f
 class _Replicates:
     "How many images were counted, and resampled copies of one array of counts."
     def _start(self, shape, bootstrap, seed):
@@ -136,7 +136,7 @@ def _padded(counts, n):
     "`counts` with rows of zeros up to `n`."
     return np.concatenate((counts, np.zeros((n - len(counts), *counts.shape[1:]), np.int64)))
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #b1ee91c8
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #b13ef617
 class Counts(_Replicates):
     "Base of accumulators: int64 arrays `fields` that add up, settings `same` that must agree."
     fields, same = (), ()
@@ -160,7 +160,7 @@ class Counts(_Replicates):
         for k, v in other.state().items(): setattr(self, k, _added(own[k], v))
         return self
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #a95077c2
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #bbae7809
 def _check_stored(stored, own, name, grows):
     "Refuse an array of another shape; one that grows with the classes may have other rows."
     fits = stored is not None and stored.shape[1:] == own.shape[1:]
@@ -168,19 +168,19 @@ def _check_stored(stored, own, name, grows):
         raise ValueError(f'state: {name} is not there or has another shape; '
                          'it was counted in another way')
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #b53c4200
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #63008d8a
 def _check_same(own, other, name):
     if not np.array_equal(own, other):
         raise ValueError(f'other: counted with {name}={other}, this one with {name}={own}')
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #d53ab128
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #445277d5
 def _added(a, b):
     "The sum of two counts; where one has seen more classes, the other has zeros."
     if not a.ndim: return a + b
     n = max(len(a), len(b))
     return _padded(a, n) + _padded(b, n)
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #6e68f1b6
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #79ce17db
 UNIT = 2**32
 KINDS = ('single', 'multi', 'top1', 'top5')
 
@@ -191,7 +191,7 @@ def _hits(overlaps, deltas, top1, top5):
 
 def _nearest(taus, tau): return int(abs(taus - tau).argmin())
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #30fb4488
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #f5b5d757
 def _counted(taus, tau):
     "The threshold that stands for τ among those counted, or None."
     near = float(taus[_nearest(taus, tau)])
@@ -247,7 +247,7 @@ class BoxAcc(Counts):
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #f27f3948
 def interval(values): return dict(zip(('low', 'high'), np.percentile(values, (2.5, 97.5)).tolist()))
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #7dc1429f
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #9998a573
 @patch
 def _at(self:BoxAcc, kind, d, tau):
     "Value, τ and interval of one figure, and its replicates; τ None is the best one."
@@ -261,7 +261,7 @@ def _at(self:BoxAcc, kind, d, tau):
     replicates = 100*(boot.max(1) if tau is None else boot[:, at])[drawn]/self.boot_n[drawn]
     return out | interval(replicates), replicates
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #6cb385ef
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #2cd5634b
 @patch
 def _kind(self:BoxAcc, kind, taus):
     "{δ: figure} of one kind, and the replicates of each."
@@ -273,7 +273,7 @@ def _kind(self:BoxAcc, kind, taus):
         replicates.append(drawn)
     return out, replicates
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #ba007c64
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #e7036ed3
 @patch
 def summary(self:BoxAcc,
     taus=None, # None: the best of each; a number; or another `summary` whose τs are taken
@@ -289,13 +289,13 @@ def summary(self:BoxAcc,
     if self.bootstrap: out['v2'] |= interval(np.mean(replicates, 0))
     return out
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #9e83baaf
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #3c3e78d4
 def _check_deltas(taus, names):
     if any(d not in taus[k] for k in KINDS for d in names):
         raise ValueError(f'taus: carried over from δ = {", ".join(taus["single"])}, '
                          f'but these are scored at {", ".join(names)}')
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #5e7d8326
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #1f6227a4
 @patch
 def corloc(self:BoxAcc)->dict: # {'tau', 'image': {δ: %}, 'class': {δ: %} or None}
     "Localized at the fixed τ, by images and by classes that have some; None if it was not counted."
@@ -321,7 +321,7 @@ def _curve(self:BoxAcc):
     low, high = np.percentile(replicates, (2.5, 97.5), axis=0).round(3).tolist()
     return curve | dict(single_low=low, single_high=high)
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #15cff504
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #efd64bda
 @patch
 def compute(self:BoxAcc)->dict: # percentages, τs and the curves
     "MaxBoxAcc, MaxBoxAccV2, Top-1 and Top-5 localization, CorLoc, coverage and BoxAcc curves."

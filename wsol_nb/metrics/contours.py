@@ -53,7 +53,7 @@ def plain_boxes(
     u = _grey(score_map)
     return [_boxes_above(u, tau, multi_contour) for tau in (TAUS if taus is None else taus)]
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #f6d27258
+# %% ../../nbs/1_evaluation/01_contours.ipynb #196b626e
 @dataclass(frozen=True)
 class BoxRules:
     "How boxes are read from a map; the defaults are the reference evaluator's."
@@ -66,7 +66,7 @@ class BoxRules:
         known = self.largest in ('contour', 'pixels')
         expect(known, 'largest', self.largest, "'contour' or 'pixels'")
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #31419d12
+# %% ../../nbs/1_evaluation/01_contours.ipynb #b9824e85
 def _cuts(u, taus):
     "The distinct thresholds T of `u`, and which of them each τ is."
     taus = TAUS if taus is None else np.ravel(np.asarray(taus, np.float64))
@@ -106,7 +106,7 @@ def _to_unite(on, connectivity):
         if connectivity == 8 or i % 2: first.setdefault(runs[tuple(_RING[i] + 1)], i)
     return [*first.values()] + [-1]*(4 - len(first))
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #3f9c7202
+# %% ../../nbs/1_evaluation/01_contours.ipynb #523675bc
 def _block(pixels):
     "What a 2×2 block, its pixels in cyclic order, adds to 2×area and 4×Euler number."
     n, diagonal = sum(pixels), pixels[0] == pixels[2]
@@ -126,7 +126,7 @@ def _tables():
 
 _UNITE, _CHANGE = _tables()
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #443b8b2c
+# %% ../../nbs/1_evaluation/01_contours.ipynb #9db87b9e
 # of these the first pixel is that in raster order, the floor a lower bound of 2×the filled area
 _X0, _Y0, _X1, _Y1, _FIRST, _FLOOR, _SIZE, _AREA, _EULER = range(9)
 
@@ -152,7 +152,7 @@ def _no_trees(h, w, outside):
     step = _RING[:, 0]*(w + 2) + _RING[:, 1]
     return _Forest(there.ravel(), parent, node, alive, place, step, _UNITE[int(outside)])
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #366f360b
+# %% ../../nbs/1_evaluation/01_contours.ipynb #ca9cd6f7
 @compiled
 def _root(parent, p):
     "The root of the component of pixel `p`."
@@ -180,7 +180,7 @@ def _take(node, r, p, x, y, m):
     node[r, _AREA] += _CHANGE[m, 0]
     node[r, _EULER] += _CHANGE[m, 1]
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #3386135c
+# %% ../../nbs/1_evaluation/01_contours.ipynb #9da7004d
 @compiled
 def _join(f, r, q, n):
     "Make one component of two, of `n`; returns its root."
@@ -193,7 +193,7 @@ def _join(f, r, q, n):
     f.alive[f.place[q]], f.place[last] = last, f.place[q]
     return r
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #b908339e
+# %% ../../nbs/1_evaluation/01_contours.ipynb #d61a930d
 @compiled
 def _add(f, pixels, n):
     "Add pixels to `n` components; returns how many there are then. The outside never counts."
@@ -225,7 +225,7 @@ def _turn(f, p, back):
         if f.there[p + f.step[d]]: return d
     return -1
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #a3453f7b
+# %% ../../nbs/1_evaluation/01_contours.ipynb #40d42a81
 @compiled
 def _contour_area(f, start):
     "2×the area of the outer contour, through pixel centres, of what has `start` as first pixel."
@@ -240,7 +240,7 @@ def _contour_area(f, start):
         x, y, p = x + _RING[d, 1], y + _RING[d, 0], p + f.step[d]
         back = (d + 5 + (d & 1)) & 7 # the neighbour looked at before, seen from here
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #6a7c9f9c
+# %% ../../nbs/1_evaluation/01_contours.ipynb #393481c0
 @compiled
 def _raise_floors(node, roots, by_pixels):
     "Bring the lower bounds up to date; returns which component has the highest."
@@ -250,7 +250,7 @@ def _raise_floors(node, roots, by_pixels):
         if node[c, _FLOOR] < node[roots[best], _FLOOR]: best = i
     return best
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #4b4a9448
+# %% ../../nbs/1_evaluation/01_contours.ipynb #545e9527
 @compiled
 def _largest(f, n, by_pixels):
     "Position in `alive` of the component with the largest contour, or with the most pixels."
@@ -282,7 +282,7 @@ def _store(boxes, node, roots):
         hollow |= node[c, _EULER] != 4
     return hollow
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #61cd8e55
+# %% ../../nbs/1_evaluation/01_contours.ipynb #d3a1124d
 @compiled
 def _sweep(u, cuts, every, outside, by_pixels):
     "Boxes of the components of {u >= cut}, from the last cut down: all, or the largest's."
@@ -310,7 +310,7 @@ class LevelBoxes(NamedTuple):
     largest: np.ndarray # (L,) which box is the one with the largest contour
     level: np.ndarray   # (T,) the level of each τ
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #885e4316
+# %% ../../nbs/1_evaluation/01_contours.ipynb #281e74d3
 @compiled
 def _put(out, n, boxes, wider, extra, right, bottom):
     "Write boxes, `wider` on each side and `extra` at the ends, clipped; returns the next place."
@@ -320,6 +320,7 @@ def _put(out, n, boxes, wider, extra, right, bottom):
         n += 1
     return n
 
+# %% ../../nbs/1_evaluation/01_contours.ipynb #961d2279
 @compiled
 def _gather(boxes, begins, largest, holes, hole_begins, right, bottom, extra):
     "Boxes, swept downwards, and holes, swept upwards, of each level in ascending order."
@@ -333,7 +334,7 @@ def _gather(boxes, begins, largest, holes, hole_begins, right, bottom, extra):
         n = _put(out, n, holes[hole_begins[i]:hole_begins[i + 1]], 1, extra, right, bottom)
     return out, starts, best
 
-# %% ../../nbs/1_evaluation/01_contours.ipynb #32de129b
+# %% ../../nbs/1_evaluation/01_contours.ipynb #dd2f06e1
 def level_boxes(
     score_map, # (H,W) in [0,1]
     taus=None, # (T,) thresholds in [0,1); None: `TAUS`, 0 to .999 in steps of .001
