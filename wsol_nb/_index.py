@@ -101,8 +101,8 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                                     'paper': 'Chattopadhay et al., WACV 2018',
                                     'passes': '1 + gradient'}),
                'HeadMaps': ('wsol_nb.localize.base',
-                            'The class maps of a model with `forward_maps(x) -> (logits (B,C), maps '
-                            '(B,C,h,w))`; for a GAP head this is CAM (Zhou et al. 2016).',
+                            'The class maps that a model computes itself; for a GAP head this is CAM (Zhou '
+                            'et al. 2016).',
                             {'bib': 'zhou2016cam',
                              'needs': 'class maps',
                              'paper': 'Zhou et al., CVPR 2016',

@@ -14,28 +14,35 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import check_boxes
+from ..core import check_boxes, expect
 from .maps import to_score_maps
 from .target import Target
 from ..registry import find, localizer
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #85e18f00
+def _inner(model):
+    "What a compiled or data-parallel model wraps, or None."
+    if hasattr(model, '_orig_mod'): return model._orig_mod
+    parallel = type(model).__name__ in ('DataParallel', 'DistributedDataParallel')
+    return model.module if parallel else None
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #d05e0ade
 def unwrap(
     model, # a module, possibly DataParallel, DDP or compiled, or a fastai Learner
 ):
-    "The module inside: hooks and `forward_maps` of a wrapped model do not fire or are not there."
+    "The module inside all wrappers."
     if not isinstance(model, nn.Module): model = getattr(model, 'model', model) # a Learner
-    if not isinstance(model, nn.Module): raise TypeError(f'model: expected a torch module or a fastai Learner, got {type(model).__name__}')
-    while True:
-        inner = getattr(model, '_orig_mod', None) or (model.module if type(model).__name__ in ('DataParallel', 'DistributedDataParallel') else None)
-        if inner is None: return model
-        model = inner
+    expect(isinstance(model, nn.Module), 'type(model)', type(model).__name__,
+           'a torch module or a fastai Learner', TypeError)
+    while (inner := _inner(model)) is not None: model = inner
+    return model
 
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #e3ef215a
 @contextmanager
 def model_intact(
     model, # a module
 ):
-    "Inside, the model is in eval mode; afterwards flags, `requires_grad` and the random state are what they were."
+    "Inside, the model is in eval mode; then flags, `requires_grad` and RNG are what they were."
     flags = [(m, m.training) for m in model.modules()]
     needs = [(p, p.requires_grad) for p in model.parameters()]
     cuda = sorted({p.device.index for p, _ in needs if p.device.type == 'cuda'})
@@ -46,13 +53,42 @@ def model_intact(
             for m, f in flags: m.training = f
             for p, r in needs: p.requires_grad_(r)
 
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #6498d6e7
+def _check_images(x):
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point():
+        raise ValueError('x: expected a float tensor (B,3,H,W), got '
+                         f'{getattr(x, "shape", type(x).__name__)} {getattr(x, "dtype", "")}')
+    if not len(x): raise ValueError('x: an empty batch')
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #6bf3f0c8
+def _for_model(x, model):
+    "`x` in the model's precision, or the error that it calls for."
+    _check_images(x)
+    p = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if p is None: return x
+    if p.device != x.device: raise ValueError(f'x is on {x.device}, the model on {p.device}')
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(p.dtype)
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #64da7d11
+def _either(x, input_tensor, target, targets):
+    "The images and the target, by whichever name they came."
+    if (x is None) == (input_tensor is None) or (target is not None and targets is not None):
+        raise TypeError('expected either x or input_tensor, and not both target and targets')
+    return x if input_tensor is None else input_tensor, target if targets is None else targets
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #25560505
+def _gradients(on):
+    if torch.is_inference_mode_enabled(): return nullcontext()
+    return torch.set_grad_enabled(on)
+
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #650581bd
 class Localizer:
     "Turns images into score maps. A subclass overrides `compute`."
     preset = 'wsoleval' # how its raw maps become score maps
     def __init__(self,
         model, # anything whose forward gives logits (B,C)
-    ): self.model, self.logits = unwrap(model), None
+    ):
+        self.model, self.logits = unwrap(model), None
 
     def compute(self,
         x, # (B,3,H,W) in the model's precision
@@ -62,37 +98,40 @@ class Localizer:
         "The one method that a localizer overrides; the model is in eval mode."
         raise NotImplementedError
 
-    def _input(self, x):
-        "`x` in the model's precision, or the error that it calls for."
-        if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point(): raise ValueError(f'x: expected a float tensor (B,3,H,W), got {getattr(x, "shape", type(x).__name__)} {getattr(x, "dtype", "")}')
-        if not len(x): raise ValueError('x: an empty batch')
-        p = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if p is None: return x
-        if p.device != x.device: raise ValueError(f'x is on {x.device}, the model on {p.device}')
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(p.dtype)
-
-    def raw(self, x, target=None, create_graph=False)->torch.Tensor: # (B,h,w) or (B,T,h,w) float32
+    def raw(self, x, target=None, create_graph=False)->torch.Tensor: # (B[,T],h,w) float32
         "Maps of `target`, neither resized nor normalised."
-        if create_graph and torch.is_inference_mode_enabled(): raise ValueError('create_graph=True: nothing is differentiable under torch.inference_mode')
-        x, target = self._input(x), Target(target, len(x))
-        with model_intact(self.model), torch.set_grad_enabled(create_graph) if not torch.is_inference_mode_enabled() else nullcontext():
+        if create_graph: _check_differentiable()
+        x, target = _for_model(x, self.model), Target(target, len(x))
+        with model_intact(self.model), _gradients(create_graph):
             logits, maps = self.compute(x, target, create_graph)
         self.logits = logits.detach().float()
         return maps.float() if create_graph else maps.detach().float()
 
-    def __call__(self, x=None, target=None, create_graph=False, *, input_tensor=None, targets=None)->torch.Tensor: # (B,H,W) or (B,T,H,W) float32 in [0,1]
-        "Score maps of `target` at the images' size. `input_tensor` and `targets` are pytorch-grad-cam's names of `x` and `target`."
-        if (x is None) == (input_tensor is None) or (target is not None and targets is not None): raise TypeError('expected either x or input_tensor, and not both target and targets')
-        x, target = x if input_tensor is None else input_tensor, target if targets is None else targets
+    def __call__(self,
+        x=None, # (B,3,H,W) float RGB in [0,1]
+        target=None, # what to explain, see `Target`; None: the top-1
+        create_graph=False, # maps are to be differentiable
+        *,
+        input_tensor=None, # pytorch-grad-cam's name of `x`
+        targets=None, # and of `target`
+    )->torch.Tensor: # (B,H,W) or (B,T,H,W) float32 in [0,1]
+        "Score maps of `target` at the images' size."
+        x, target = _either(x, input_tensor, target, targets)
         raw = self.raw(x, target, create_graph)
-        with torch.set_grad_enabled(create_graph) if not torch.is_inference_mode_enabled() else nullcontext():
-            return to_score_maps(raw, x.shape[-2:], self.preset)
+        with _gradients(create_graph): return to_score_maps(raw, x.shape[-2:], self.preset)
 
     def describe(self, preset=None):
         "The localizer, its model and the preset, for reports."
-        return f'{type(self).__name__}({getattr(self.model, "arch", type(self.model).__name__)}, preset={(preset or self.preset)!r})'
+        return f'{type(self).__name__}({_name(self.model)}, preset={(preset or self.preset)!r})'
 
     def __repr__(self): return self.describe()
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #619c42ca
+def _name(model): return getattr(model, 'arch', type(model).__name__)
+
+def _check_differentiable():
+    if torch.is_inference_mode_enabled():
+        raise ValueError('create_graph=True: nothing is differentiable under torch.inference_mode')
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #23eacc23
 @patch
@@ -102,20 +141,34 @@ def __enter__(self:Localizer): return self
 def __exit__(self:Localizer, *error): return None
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #08958be9
+def _of_classes(maps, idx): # b,c,h,w and b or b,t to b,h,w or b,t,h,w
+    at = torch.arange(len(maps), device=maps.device)
+    return maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #28bc4fd7
+def _of_score(maps, target, logits):
+    "Class maps weighted by how the score changes with each logit."
+    if torch.is_inference_mode_enabled():
+        raise ValueError('target: a callable needs gradients, which torch.inference_mode forbids')
+    weights = target.weights(logits.float()).to(maps.dtype) # b,c
+    return torch.einsum('bc,bchw->bhw', weights, maps)
+
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #d20375ce
 @localizer(needs='class maps', passes='1', paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
 class HeadMaps(Localizer):
-    "The class maps of a model with `forward_maps(x) -> (logits (B,C), maps (B,C,h,w))`; for a GAP head this is CAM (Zhou et al. 2016)."
-    def __init__(self, model):
+    "The class maps that a model computes itself; for a GAP head this is CAM (Zhou et al. 2016)."
+    def __init__(self,
+        model, # it has `forward_maps(x) -> (logits (B,C), maps (B,C,h,w))`
+    ):
         super().__init__(model)
-        if not hasattr(self.model, 'forward_maps'): raise TypeError(f'model: {type(self.model).__name__} has no forward_maps, so it has no class maps of its own')
+        if not hasattr(self.model, 'forward_maps'):
+            raise TypeError(f'model: {type(self.model).__name__} has no forward_maps, '
+                            'so it has no class maps of its own')
 
     def compute(self, x, target, create_graph):
         logits, maps = self.model.forward_maps(x) # b,c  b,c,h,w
-        if target.score_fn is not None and torch.is_inference_mode_enabled(): raise ValueError('target: a callable needs gradients, which torch.inference_mode forbids')
-        if target.score_fn is not None: return logits, torch.einsum('bc,bchw->bhw', target.weights(logits.float()).to(maps.dtype), maps)
-        idx = target.classes(logits)
-        at = torch.arange(len(x), device=x.device)
-        return logits, maps[at, idx] if idx.ndim == 1 else maps[at[:, None], idx]
+        if target.score_fn is not None: return logits, _of_score(maps, target, logits)
+        return logits, _of_classes(maps, target.classes(logits))
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #cce6d2da
 def find_localizer(
@@ -126,7 +179,7 @@ def find_localizer(
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #94ce4e93
 class Dots(nn.Module):
-    "A toy classifier of red, green and blue: a class map is the channel itself, the logit its mean."
+    "A toy classifier of red, green and blue: a class map is the channel, the logit its mean."
     def __init__(self):
         super().__init__()
         self.scale, self.drop = nn.Parameter(torch.tensor(10.)), nn.Dropout(.5)
@@ -137,8 +190,9 @@ class Dots(nn.Module):
 
     def forward(self, x): return self.forward_maps(x)[0]
 
+# %% ../../nbs/1_evaluation/06_localizer.ipynb #3ad17709
 def two_dots(seed=0)->torch.Tensor: # (2,3,32,48) in [0,1]
-    "Two images for `Dots`: a red rectangle (8,4)-(19,11) and a blue one (30,20)-(43,27) on dim noise."
+    "Two images for `Dots`: a red rectangle (8,4)-(19,11), a blue one (30,20)-(43,27), dim noise."
     x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed))*.3
     x[0, 0, 4:12, 8:20] = 1
     x[1, 2, 20:28, 30:44] = 1
@@ -146,14 +200,17 @@ def two_dots(seed=0)->torch.Tensor: # (2,3,32,48) in [0,1]
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #621abeef
 class BoxLocalizer(Localizer):
-    "Turns images into one box each. A subclass overrides `compute_boxes(x, target) -> logits (B,C), boxes (B,4)`."
-    def compute_boxes(self, x, target): raise NotImplementedError
+    "Turns images into one box each. A subclass overrides `compute_boxes`."
+    def compute_boxes(self, x, target): # logits (B,C), boxes (B,4)
+        raise NotImplementedError
 
-    def compute(self, x, target, create_graph): raise TypeError(f'{type(self).__name__} answers with boxes, it has no score map')
+    def compute(self, x, target, create_graph):
+        raise TypeError(f'{type(self).__name__} answers with boxes, it has no score map')
 
     def boxes(self, x, target=None)->np.ndarray: # (B,4) int64 inclusive, in pixels of x
         "A box for each image."
-        x, target = self._input(x), Target(target, len(x))
-        with model_intact(self.model), torch.set_grad_enabled(False): logits, boxes = self.compute_boxes(x, target)
+        x, target = _for_model(x, self.model), Target(target, len(x))
+        with model_intact(self.model), torch.set_grad_enabled(False):
+            logits, boxes = self.compute_boxes(x, target)
         self.logits = logits.detach().float()
         return check_boxes(boxes.cpu().numpy().round().astype(np.int64), x.shape[:1:-1])

@@ -11,17 +11,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import minmax
+from ..core import expect, minmax
 
 # %% ../../nbs/1_evaluation/05_maps.ipynb #5ad85db5
-PRESETS = dict(wsoleval=('bicubic', 'after'), fcam=('bilinear', 'before'), prob=('bilinear', 'none'))
-_PAIRS = {f'{i}-{o}': (i, o) for i in ('nearest', 'bilinear', 'bicubic') for o in ('after', 'before', 'none')}
+PRESETS = dict(wsoleval=('bicubic', 'after'), fcam=('bilinear', 'before'),
+               prob=('bilinear', 'none'))
+_PAIRS = {f'{interpolation}-{order}': (interpolation, order)
+          for interpolation in ('nearest', 'bilinear', 'bicubic')
+          for order in ('after', 'before', 'none')}
+_KNOWN = f'one of {", ".join(PRESETS)}, or interpolation-order as in {", ".join(_PAIRS)}'
 
 def check_preset(preset):
     "The preset's name, or a ValueError."
-    if preset not in PRESETS and preset not in _PAIRS: raise ValueError(f'preset={preset!r}: expected one of {", ".join(PRESETS)}, or interpolation-order as in {", ".join(_PAIRS)}')
+    expect(preset in PRESETS or preset in _PAIRS, 'preset', preset, _KNOWN)
     return preset
 
+# %% ../../nbs/1_evaluation/05_maps.ipynb #7130d25d
+def _resized(maps, size, mode):
+    corners = None if mode == 'nearest' else False
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    big = F.interpolate(flat, size=tuple(size), mode=mode, align_corners=corners)
+    return big.reshape(*maps.shape[:-2], *size)
+
+def _check_probabilities(lo, hi, preset):
+    if ((lo < -1e-3) | (hi > 1.001)).any():
+        raise ValueError(f'preset={preset!r}: these maps are no probabilities, '
+                         f'they reach from {lo.min():.3g} to {hi.max():.3g}')
+
+# %% ../../nbs/1_evaluation/05_maps.ipynb #fb11a26b
 def to_score_maps(
     raw:torch.Tensor, # (...,h,w) raw maps
     size, # (H,W)
@@ -31,19 +48,22 @@ def to_score_maps(
     mode, order = PRESETS.get(check_preset(preset)) or _PAIRS[preset]
     maps = raw.float()
     lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    if order == 'none' and ((lo < -1e-3) | (hi > 1.001)).any(): raise ValueError(f'preset={preset!r}: these maps are no probabilities, they reach from {lo.min():.3g} to {hi.max():.3g}')
+    if order == 'none': _check_probabilities(lo, hi, preset)
     if order == 'before': maps = minmax(maps)
-    maps = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=tuple(size), mode=mode, **({} if mode == 'nearest' else {'align_corners': False}))
-    maps = maps.reshape(*raw.shape[:-2], *size)
-    maps = maps.clamp(0, 1) if order != 'after' else minmax(torch.where(hi > lo, maps, 0.)) # rounding must not become a map
+    maps = _resized(maps, size, mode)
+    if order == 'after': maps = minmax(torch.where(hi > lo, maps, 0.))
+    else: maps = maps.clamp(0, 1)
     return torch.where(torch.isfinite(hi - lo), maps, 0.)
 
+# %% ../../nbs/1_evaluation/05_maps.ipynb #2cd3e4c4
 def reference_score_map(
     raw, # (h,w) raw map, numpy
     size:int, # side of the square evaluation grid
     preset:str='wsoleval', # see the table
 )->np.ndarray: # (size,size) float64 in [0,1]
     "The same for one map in float64, bit for bit as the reference evaluator."
-    if preset != 'wsoleval': return to_score_maps(torch.from_numpy(np.asarray(raw, np.float32)), (size, size), preset).double().numpy()
+    if preset != 'wsoleval':
+        raw = torch.from_numpy(np.asarray(raw, np.float32))
+        return to_score_maps(raw, (size, size), preset).double().numpy()
     big = cv2.resize(np.asarray(raw, np.float64), (size, size), interpolation=cv2.INTER_CUBIC)
     return minmax(torch.from_numpy(big)).numpy()

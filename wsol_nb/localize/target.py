@@ -8,42 +8,68 @@ __all__ = ['Target']
 # %% ../../nbs/1_evaluation/04_target.ipynb #3f018cfa
 import torch
 
+from ..core import expect
+
+# %% ../../nbs/1_evaluation/04_target.ipynb #af3beee6
+def _score_fn(target, n):
+    "A function logits (B,C) -> (B,), or None where the target is none."
+    if callable(target): return target
+    several = isinstance(target, (list, tuple)) and len(target) > 0
+    if not several or not all(map(callable, target)): return None
+    expect(len(target) == n, 'len(target)', len(target),
+           f'one callable an image of {n}, or a single one of all logits')
+    def each(logits): return torch.stack([f(z) for f, z in zip(target, logits)])
+    return each
+
+# %% ../../nbs/1_evaluation/04_target.ipynb #27fdc470
+def _positions(target, n):
+    "Class positions as a tensor (n,) or (n,T); a single one stands for all."
+    idx = torch.as_tensor(target)
+    whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool)
+    expect(whole, 'target.dtype', idx.dtype, 'class positions (int)', TypeError)
+    if idx.ndim == 0: idx = idx.expand(n)
+    if idx.ndim > 2 or len(idx) != n:
+        raise ValueError(f'target: got shape {tuple(idx.shape)} for a batch of {n} images; '
+                         f'expected one class, ({n},) or ({n},T)')
+    with torch.inference_mode(False): return idx.long().clone()
+
+def _in_range(idx, n_classes):
+    if idx.numel() and (idx.min() < 0 or idx.max() >= n_classes):
+        raise ValueError(f'target: classes {idx.min()} to {idx.max()}, '
+                         f'but the model has {n_classes} (0 to {n_classes - 1})')
+    return idx
+
+# %% ../../nbs/1_evaluation/04_target.ipynb #233bc4d5
+def _check_scores(s, logits):
+    "The scores of a callable, or a ValueError that says which shape was expected."
+    if isinstance(s, torch.Tensor) and s.shape == logits.shape[:1]: return s
+    raise ValueError(f'target: the callable must turn logits {tuple(logits.shape)} into shape '
+                     f'({len(logits)},), got {getattr(s, "shape", type(s).__name__)}')
+
 # %% ../../nbs/1_evaluation/04_target.ipynb #24f4c462
 class Target:
     "What a map explains: class positions, or a differentiable score of the logits."
     def __init__(self,
-        target, # None, int, (B,) or (B,T) ints, a callable logits -> (B,), or B callables logits (C,) -> number
+        # None, int, (B,) or (B,T) ints, a callable logits -> (B,), or B callables (C,) -> number
+        target,
         n:int, # batch size B
     ):
-        self.score_fn, self.index = None, None
-        if callable(target): self.score_fn = target
-        elif isinstance(target, (list, tuple)) and target and all(map(callable, target)):
-            if len(target) != n: raise ValueError(f'target: got {len(target)} callables for a batch of {n} images; expected one an image, or a single one of all logits')
-            self.score_fn = lambda logits: torch.stack([f(z) for f, z in zip(target, logits)])
-        elif target is not None:
-            idx = torch.as_tensor(target)
-            if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool: raise TypeError(f'target: expected class positions (int), got {idx.dtype}')
-            if idx.ndim == 0: idx = idx.expand(n)
-            if idx.ndim > 2 or len(idx) != n: raise ValueError(f'target: got shape {tuple(idx.shape)} for a batch of {n} images; expected one class, ({n},) or ({n},T)')
-            with torch.inference_mode(False): self.index = idx.long().clone() # a graph may need it
+        self.score_fn, self.index = _score_fn(target, n), None
+        if target is not None and self.score_fn is None: self.index = _positions(target, n)
 
     def classes(self, logits)->torch.Tensor: # (B,) or (B,T) int64
         "The class positions; those of the top-1 where no target was given."
         idx = logits.detach().argmax(1) if self.index is None else self.index.to(logits.device)
-        if idx.numel() and (idx.min() < 0 or idx.max() >= logits.shape[1]): raise ValueError(f'target: classes {idx.min()} to {idx.max()}, but the model has {logits.shape[1]} (0 to {logits.shape[1] - 1})')
-        return idx
+        return _in_range(idx, logits.shape[1])
 
     def scores(self, logits)->torch.Tensor: # (B,) or (B,T)
         "The scores that the map explains; differentiable."
-        if self.score_fn is None:
-            idx = self.classes(logits)
-            return logits.gather(1, idx.reshape(len(logits), -1)).reshape(idx.shape)
-        s = self.score_fn(logits)
-        if not isinstance(s, torch.Tensor) or s.shape != logits.shape[:1]: raise ValueError(f'target: the callable must turn logits {tuple(logits.shape)} into shape ({len(logits)},), got {getattr(s, "shape", type(s).__name__)}')
-        return s
+        if self.score_fn is not None: return _check_scores(self.score_fn(logits), logits)
+        idx = self.classes(logits)
+        return logits.gather(1, idx.reshape(len(logits), -1)).reshape(idx.shape)
 
     def pinned(self, logits):
-        "The same target, with the top-1 of `logits` as its classes where none were given: for methods that run the net again."
+        "The same target with the top-1 of `logits` for None: for methods that run the net again."
         return self if self.score_fn else Target(self.classes(logits), len(logits))
 
     def weights(self, logits)->torch.Tensor: # (B,C), only for a callable

@@ -13,16 +13,39 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import check_boxes
+from ..core import check_boxes, expect
 from .contours import TAUS, LevelBoxes, compiled
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #aace981d
+@compiled
+def _area(a, i): return (a[i, 2] - a[i, 0] + 1)*(a[i, 3] - a[i, 1] + 1)
+
+@compiled
+def _shared(a, i, b, j):
+    "Pixels that box `i` of `a` and box `j` of `b` share."
+    w = max(0, min(a[i, 2], b[j, 2]) - max(a[i, 0], b[j, 0]) + 1)
+    h = max(0, min(a[i, 3], b[j, 3]) - max(a[i, 1], b[j, 1]) + 1)
+    return w*h
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #d71bcf0f
+@compiled
+def _best_match(boxes, i, true):
+    "The best IoU of box `i` with the true ones; the pixels it shares with that one, and its size."
+    area, best, shared, size = _area(boxes, i), -1., 0, 1
+    for j in range(len(true)):
+        inter, whole = _shared(boxes, i, true, j), _area(true, j)
+        iou = inter/(area + whole - inter)
+        if iou > best: best, shared, size = iou, inter, whole
+    return best, shared, size
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #74c0d21a
 class Overlaps(NamedTuple):
     "What the boxes of one map reach against the true boxes at each τ."
     single: np.ndarray   # (T,) IoU of the largest contour's box
     multi: np.ndarray    # (T,) the best IoU of all boxes there are
-    coverage: np.ndarray # (T,) share of the true box (the one met best) inside the largest contour's box
+    coverage: np.ndarray # (T,) share of the true box met best in the largest contour's box
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #b60f60fa
 @compiled
 def _overlaps(boxes, starts, largest, true):
     "Per level: IoU of the largest contour's box, the best IoU, coverage by the largest's."
@@ -30,26 +53,20 @@ def _overlaps(boxes, starts, largest, true):
     out = np.zeros((3, levels))
     for i in range(levels):
         for j in range(starts[i], starts[i + 1] if i + 1 < levels else len(boxes)):
-            area = (boxes[j, 2] - boxes[j, 0] + 1)*(boxes[j, 3] - boxes[j, 1] + 1)
-            best = -1.
-            for g in range(len(true)):
-                w = max(0, min(boxes[j, 2], true[g, 2]) - max(boxes[j, 0], true[g, 0]) + 1)
-                h = max(0, min(boxes[j, 3], true[g, 3]) - max(boxes[j, 1], true[g, 1]) + 1)
-                size = (true[g, 2] - true[g, 0] + 1)*(true[g, 3] - true[g, 1] + 1)
-                iou = w*h/(area + size - w*h)
-                if iou > best:
-                    best = iou
-                    if j == largest[i]: out[0, i], out[2, i] = iou, w*h/size
-            out[1, i] = max(out[1, i], best)
+            iou, shared, size = _best_match(boxes, j, true)
+            if j == largest[i]: out[0, i], out[2, i] = iou, shared/size
+            out[1, i] = max(out[1, i], iou)
     return out
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #1b950b84
 def box_overlaps(
     lb:LevelBoxes, # from `level_boxes`
     true_boxes, # (m,4) inclusive, on the same grid; m >= 1
 )->Overlaps:
     "IoU in both contour modes, and coverage, of one image at every τ."
     true_boxes = check_boxes(true_boxes, name='true_boxes')
-    if not len(true_boxes): raise ValueError('true_boxes: an image without a true box cannot be scored')
+    if not len(true_boxes):
+        raise ValueError('true_boxes: an image without a true box cannot be scored')
     return Overlaps(*_overlaps(lb.boxes, lb.starts, lb.largest, true_boxes)[:, lb.level])
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #7614af12
@@ -58,45 +75,71 @@ def one_box(
     taus=None, # (T,) thresholds; None: `TAUS`
 )->LevelBoxes:
     "A box that holds at every τ, for methods without a map."
-    return LevelBoxes(check_boxes([box], name='box'), np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(len(TAUS if taus is None else taus), np.int64))
+    level = np.zeros(len(TAUS if taus is None else taus), np.int64)
+    return LevelBoxes(check_boxes([box], name='box'), *np.zeros((2, 1), np.int64), level)
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #b2e6b23f
-_POISSON = np.cumsum(np.exp(-1)/np.cumprod([1, *range(1, 16)])) # distribution function of Poisson(1)
+# distribution function of Poisson(1)
+_POISSON = np.cumsum(np.exp(-1)/np.cumprod([1, *range(1, 16)]))
 
+def _uniform(z):
+    "Numbers in [0,1) from 64-bit ones, by the mixing steps of splitmix64."
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift)))*np.uint64(factor)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11))*2.**-53
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #3254499f
 def poisson_weights(
     image_id:str, # the image
     n:int, # how many replicates
     seed:int=0, # of the resampling
 )->np.ndarray: # (n,) int64
-    "How often each bootstrap replicate holds the image: Poisson(1) numbers that follow from (seed, image_id) alone."
-    h = int.from_bytes(blake2b(f'{seed}/{image_id}'.encode(), digest_size=8).digest(), 'little')
-    z = np.uint64(h) + np.arange(1, n + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15) # splitmix64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): z = (z ^ (z >> np.uint64(shift)))*np.uint64(factor)
-    return np.searchsorted(_POISSON, ((z ^ (z >> np.uint64(31))) >> np.uint64(11))*2.**-53, side='right')
+    "How often each replicate holds the image: Poisson(1) numbers from (seed, image_id) alone."
+    digest = blake2b(f'{seed}/{image_id}'.encode(), digest_size=8).digest()
+    h = np.uint64(int.from_bytes(digest, 'little'))
+    z = h + np.arange(1, n + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15)
+    return np.searchsorted(_POISSON, _uniform(z), side='right')
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #b5078199
-class Counts:
-    "Base of accumulators: int64 arrays named in `fields` that add up, settings that must agree, and resampled copies of one array."
-    fields, same = (), ()
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #a92c24d8
+def _exact_product(w, counts):
+    "`w` (n,R) times `counts` (n,…), whole numbers, by floats that hold them exactly."
+    kind = np.float32 if counts.dtype == bool else np.float64
+    total = w.T.astype(kind) @ counts.reshape(len(counts), -1).astype(kind)
+    return np.rint(total).astype(np.int64).reshape(-1, *counts.shape[1:])
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #6feeb63f
+class _Replicates:
+    "How many images were counted, and resampled copies of one array of counts."
     def _start(self, shape, bootstrap, seed):
         self.bootstrap, self.seed, self._waiting = bootstrap, seed, []
-        self.n, self.boot_n, self.boot = np.zeros((), np.int64), np.zeros(bootstrap, np.int64), np.zeros((bootstrap, *shape), np.int64)
+        self.n, self.boot_n = np.zeros((), np.int64), np.zeros(bootstrap, np.int64)
+        self.boot = np.zeros((bootstrap, *shape), np.int64)
 
     def _resample(self, image_id, counts):
         "Add one image's counts to the replicates, a block of images at a time."
         if not self.bootstrap: return
-        if image_id is None: raise ValueError('image_id: the bootstrap draws by it, so it must be given')
+        if image_id is None:
+            raise ValueError('image_id: the bootstrap draws by it, so it must be given')
         self._waiting.append((poisson_weights(image_id, self.bootstrap, self.seed), counts))
         if len(self._waiting) == 128: self._flush()
 
     def _flush(self):
         if not self._waiting: return
-        w, c = map(np.stack, zip(*self._waiting))
-        kind = np.float32 if c.dtype == bool else np.float64 # both hold these whole numbers exactly
-        self.boot += np.rint(w.T.astype(kind) @ c.reshape(len(c), -1).astype(kind)).astype(np.int64).reshape(self.boot.shape)
+        w, counts = map(np.stack, zip(*self._waiting))
+        self.boot += _exact_product(w, counts)
         self.boot_n += w.sum(0)
         self._waiting.clear()
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #b5078199
+def _padded(counts, n):
+    "`counts` with rows of zeros up to `n`."
+    return np.concatenate((counts, np.zeros((n - len(counts), *counts.shape[1:]), np.int64)))
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #b13ef617
+class Counts(_Replicates):
+    "Base of accumulators: int64 arrays `fields` that add up, settings `same` that must agree."
+    fields, same = (), ()
     def state(self)->dict: # {name: int64 array}
         "Everything counted, to be stored or sent."
         self._flush()
@@ -104,29 +147,65 @@ class Counts:
 
     def load_state(self, state):
         "Go on from a `state`."
-        for k, v in self.state().items():
-            if k not in state or state[k].shape[1:] != v.shape[1:] or k not in self.fields and state[k].shape != v.shape: raise ValueError(f'state: {k} is not there or has another shape; it was counted in another way')
+        for k, own in self.state().items():
+            _check_stored(state.get(k), own, k, k in self.fields)
             setattr(self, k, np.array(state[k], np.int64))
         return self
 
     def merge(self, other):
         "Add what another accumulator with the same settings has counted."
         for k in (*self.same, 'bootstrap', 'seed'):
-            if not np.array_equal(getattr(self, k), getattr(other, k)): raise ValueError(f'other: counted with {k}={getattr(other, k)}, this one with {k}={getattr(self, k)}')
+            _check_same(getattr(self, k), getattr(other, k), k)
         own = self.state()
-        for k, v in other.state().items():
-            if v.ndim and len(v) != len(own[k]): # one has seen more classes
-                few, v = sorted((own[k], v), key=len)
-                own[k] = np.concatenate((few, np.zeros_like(v[len(few):])))
-            setattr(self, k, own[k] + v)
+        for k, v in other.state().items(): setattr(self, k, _added(own[k], v))
         return self
 
-# %% ../../nbs/1_evaluation/02_boxes.ipynb #4c4d607d
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #bbae7809
+def _check_stored(stored, own, name, grows):
+    "Refuse an array of another shape; one that grows with the classes may have other rows."
+    fits = stored is not None and stored.shape[1:] == own.shape[1:]
+    if not fits or not grows and stored.shape != own.shape:
+        raise ValueError(f'state: {name} is not there or has another shape; '
+                         'it was counted in another way')
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #63008d8a
+def _check_same(own, other, name):
+    if not np.array_equal(own, other):
+        raise ValueError(f'other: counted with {name}={other}, this one with {name}={own}')
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #445277d5
+def _added(a, b):
+    "The sum of two counts; where one has seen more classes, the other has zeros."
+    if not a.ndim: return a + b
+    n = max(len(a), len(b))
+    return _padded(a, n) + _padded(b, n)
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #79ce17db
 UNIT = 2**32
 KINDS = ('single', 'multi', 'top1', 'top5')
 
+def _hits(overlaps, deltas, top1, top5):
+    "Whether an image is found: kind, δ, τ."
+    single, multi = (iou >= deltas[:, None] for iou in (overlaps.single, overlaps.multi))
+    return np.stack((single, multi, single & bool(top1), single & bool(top5)))
+
+def _nearest(taus, tau): return int(abs(taus - tau).argmin())
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #f5b5d757
+def _counted(taus, tau):
+    "The threshold that stands for τ among those counted, or None."
+    near = float(taus[_nearest(taus, tau)])
+    return near if abs(near - tau) < .01 else None
+
+def _with_image(classes, label, found):
+    "Counts by class (images, and at each δ those found) with one more image."
+    if label >= len(classes): classes = _padded(classes, label + 1)
+    classes[label] += (1, *found)
+    return classes
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #4c4d607d
 class BoxAcc(Counts):
-    "Counts of images localized at each (δ, τ), in both contour modes and jointly with the class; `merge` is exact."
+    "Counts of images localized at each (δ, τ), in both contour modes and jointly with the class."
     fields, same = ('counts', 'coverage', 'classes'), ('deltas', 'taus', 'fixed')
     def __init__(self,
         deltas=(.3, .5, .7), # (D,) IoU thresholds, a hit is IoU >= δ
@@ -137,16 +216,16 @@ class BoxAcc(Counts):
     ):
         self.deltas = np.asarray(deltas, dtype=np.float64)
         self.taus = TAUS if taus is None else np.asarray(taus, dtype=np.float64)
-        if not 0 <= fixed < 1: raise ValueError(f'fixed={fixed}: expected a threshold from 0 to below 1')
-        near = self.taus[abs(self.taus - fixed).argmin()]
-        self.fixed, self._args = float(near) if abs(near - fixed) < .01 else None, (bootstrap, seed) # None: the fixed τ is not among own taus
+        expect(0 <= fixed < 1, 'fixed', fixed, 'a threshold from 0 to below 1')
+        self.fixed, self._args = _counted(self.taus, fixed), (bootstrap, seed)
         self.reset()
 
     def reset(self):
         "Forget all images."
         shape = len(KINDS), len(self.deltas), len(self.taus)
         self._start(shape, *self._args)
-        self.counts, self.coverage, self.classes = np.zeros(shape, np.int64), np.zeros(len(self.taus), np.int64), np.zeros((0, 1 + shape[1]), np.int64)
+        self.counts, self.coverage = np.zeros(shape, np.int64), np.zeros(len(self.taus), np.int64)
+        self.classes = np.zeros((0, 1 + len(self.deltas)), np.int64)
 
     def update(self,
         overlaps:Overlaps, # of one image
@@ -156,31 +235,45 @@ class BoxAcc(Counts):
         image_id:str=None, # needed with bootstrap
     ):
         "Count one image."
-        hit = overlaps.single >= self.deltas[:, None] # D,T
-        hits = np.stack((hit, overlaps.multi >= self.deltas[:, None], hit & bool(correct), hit & bool(correct if top5 is None else top5)))
+        hits = _hits(overlaps, self.deltas, correct, correct if top5 is None else top5)
         self.n += 1
         self.counts += hits
         self.coverage += np.rint(overlaps.coverage*UNIT).astype(np.int64)
         self._resample(image_id, hits)
         if label is None or self.fixed is None: return
-        if label >= len(self.classes): self.classes = np.concatenate((self.classes, np.zeros((label + 1 - len(self.classes), hits.shape[1] + 1), np.int64)))
-        self.classes[label] += (1, *hit[:, abs(self.taus - self.fixed).argmin()])
+        found = hits[0, :, _nearest(self.taus, self.fixed)]
+        self.classes = _with_image(self.classes, label, found)
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #f27f3948
 def interval(values): return dict(zip(('low', 'high'), np.percentile(values, (2.5, 97.5)).tolist()))
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #9998a573
 @patch
 def _at(self:BoxAcc, kind, d, tau):
     "Value, τ and interval of one figure, and its replicates; τ None is the best one."
-    c, boot = self.counts[KINDS.index(kind), d], self.boot[:, KINDS.index(kind), d]
-    at = int(c.argmax()) if tau is None else int(abs(self.taus - tau).argmin())
-    if tau is not None and abs(self.taus[at] - tau) > .01: raise ValueError(f'taus: {tau} is not among the thresholds that were counted')
-    out = dict(value=100*int(c[at])/int(self.n), tau=float(self.taus[at]))
+    counts, boot = self.counts[KINDS.index(kind), d], self.boot[:, KINDS.index(kind), d]
+    at = int(counts.argmax()) if tau is None else _nearest(self.taus, tau)
+    if tau is not None and abs(self.taus[at] - tau) > .01:
+        raise ValueError(f'taus: {tau} is not among the thresholds that were counted')
+    out = dict(value=100*int(counts[at])/int(self.n), tau=float(self.taus[at]))
     if not self.bootstrap: return out, None
     drawn = self.boot_n > 0 # of few images a replicate may hold none
     replicates = 100*(boot.max(1) if tau is None else boot[:, at])[drawn]/self.boot_n[drawn]
     return out | interval(replicates), replicates
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #2cd5634b
+@patch
+def _kind(self:BoxAcc, kind, taus):
+    "{δ: figure} of one kind, and the replicates of each."
+    out, replicates = {}, []
+    for i, d in enumerate(self.deltas):
+        name = f'{d:g}'
+        tau = taus[kind][name]['tau'] if isinstance(taus, dict) else taus
+        out[name], drawn = self._at(kind, i, tau)
+        replicates.append(drawn)
+    return out, replicates
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #e7036ed3
 @patch
 def summary(self:BoxAcc,
     taus=None, # None: the best of each; a number; or another `summary` whose τs are taken
@@ -188,44 +281,65 @@ def summary(self:BoxAcc,
     "Box accuracies by contour mode and class, at the τs asked for."
     if not self.n: raise ValueError('no image was counted, so there is no BoxAcc')
     self._flush()
-    out, names = {}, [f'{d:g}' for d in self.deltas]
-    if isinstance(taus, dict) and any(d not in taus[k] for k in KINDS for d in names): raise ValueError(f'taus: carried over from δ = {", ".join(taus["single"])}, but these are scored at {", ".join(names)}')
-    for kind in KINDS:
-        found = {f'{d:g}': self._at(kind, i, taus[kind][f'{d:g}']['tau'] if isinstance(taus, dict) else taus) for i, d in enumerate(self.deltas)}
-        out[kind] = {d: value for d, (value, _) in found.items()}
-        if kind == 'multi': out['v2'] = dict(value=float(np.mean([v['value'] for v, _ in found.values()]))) | (interval(np.mean([r for _, r in found.values()], 0)) if self.bootstrap else {})
+    if isinstance(taus, dict): _check_deltas(taus, [f'{d:g}' for d in self.deltas])
+    found = {kind: self._kind(kind, taus) for kind in KINDS}
+    out = {kind: figures for kind, (figures, _) in found.items()}
+    figures, replicates = found['multi']
+    out['v2'] = dict(value=float(np.mean([v['value'] for v in figures.values()])))
+    if self.bootstrap: out['v2'] |= interval(np.mean(replicates, 0))
     return out
 
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #3c3e78d4
+def _check_deltas(taus, names):
+    if any(d not in taus[k] for k in KINDS for d in names):
+        raise ValueError(f'taus: carried over from δ = {", ".join(taus["single"])}, '
+                         f'but these are scored at {", ".join(names)}')
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #1f6227a4
 @patch
 def corloc(self:BoxAcc)->dict: # {'tau', 'image': {δ: %}, 'class': {δ: %} or None}
-    "Localized at the fixed τ, as an average over images and over classes (those that have images); None where that τ was not counted."
+    "Localized at the fixed τ, by images and by classes that have some; None if it was not counted."
     if self.fixed is None: return None
-    at = abs(self.taus - self.fixed).argmin()
-    seen = self.classes[self.classes[:, :1].ravel() > 0]
-    name = lambda values: {f'{d:g}': float(v) for d, v in zip(self.deltas, values)}
-    return dict(tau=float(self.taus[at]), image=name(100*self.counts[0, :, at]/int(self.n)),
-                **{'class': name(100*(seen[:, 1:]/seen[:, :1]).mean(0)) if len(seen) else None})
+    def named(values): return {f'{d:g}': float(v) for d, v in zip(self.deltas, values)}
+    at = _nearest(self.taus, self.fixed)
+    images = named(100*self.counts[0, :, at]/int(self.n))
+    seen = self.classes[self.classes[:, 0] > 0]
+    classes = named(100*(seen[:, 1:]/seen[:, :1]).mean(0)) if len(seen) else None
+    return {'tau': float(self.taus[at]), 'image': images, 'class': classes}
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #34873152
 @patch
+def _curve(self:BoxAcc):
+    "BoxAcc in both modes and coverage at every τ, in percent."
+    n = int(self.n)
+    curve = dict(taus=self.taus.tolist(), deltas=self.deltas.tolist())
+    curve |= {k: (100*c/n).tolist() for k, c in zip(('single', 'multi'), self.counts)}
+    curve['coverage'] = (100*self.coverage/n/UNIT).tolist()
+    if not self.bootstrap: return curve
+    drawn = self.boot_n > 0
+    replicates = 100*self.boot[drawn, 0]/self.boot_n[drawn][:, None, None]
+    low, high = np.percentile(replicates, (2.5, 97.5), axis=0).round(3).tolist()
+    return curve | dict(single_low=low, single_high=high)
+
+# %% ../../nbs/1_evaluation/02_boxes.ipynb #efd64bda
+@patch
 def compute(self:BoxAcc)->dict: # percentages, τs and the curves
-    "MaxBoxAcc (largest contour), MaxBoxAccV2 (all contours), Top-1 and Top-5 localization, CorLoc, coverage and BoxAcc curves."
-    s, n, middle = self.summary(), int(self.n), len(self.deltas)//2
+    "MaxBoxAcc, MaxBoxAccV2, Top-1 and Top-5 localization, CorLoc, coverage and BoxAcc curves."
+    s, middle = self.summary(), len(self.deltas)//2
     at = int(self.counts[0, middle].argmax())
-    curve = dict(taus=self.taus.tolist(), deltas=self.deltas.tolist(), single=(100*self.counts[0]/n).tolist(), multi=(100*self.counts[1]/n).tolist(),
-                 coverage=(100*self.coverage/n/UNIT).tolist())
-    if self.bootstrap:
-        low, high = np.percentile(100*self.boot[self.boot_n > 0, 0]/self.boot_n[self.boot_n > 0][:, None, None], (2.5, 97.5), axis=0).round(3).tolist()
-        curve |= dict(single_low=low, single_high=high)
-    return dict(n=n, max_box_acc=s['single'], max_box_acc_v2=s['v2']['value'], v2_interval=[s['v2'][k] for k in ('low', 'high')] if self.bootstrap else None,
-                max_box_acc_multi=s['multi'], top1_loc=s['top1'], top5_loc=s['top5'], corloc=self.corloc(),
-                coverage=dict(value=100*int(self.coverage[at])/n/UNIT, tau=float(self.taus[at]), delta=float(self.deltas[middle])), tau_source='oracle', curve=curve)
+    coverage = dict(value=100*int(self.coverage[at])/int(self.n)/UNIT, tau=float(self.taus[at]),
+                    delta=float(self.deltas[middle]))
+    v2_interval = [s['v2'][k] for k in ('low', 'high')] if self.bootstrap else None
+    return dict(n=int(self.n), max_box_acc=s['single'], max_box_acc_v2=s['v2']['value'],
+                v2_interval=v2_interval, max_box_acc_multi=s['multi'], top1_loc=s['top1'],
+                top5_loc=s['top5'], corloc=self.corloc(), coverage=coverage,
+                tau_source='oracle', curve=self._curve())
 
 # %% ../../nbs/1_evaluation/02_boxes.ipynb #1265bcc3
 def centre_map(
     size:int=224, # side of the evaluation grid
 )->np.ndarray: # (size,size) float64 in [0,1]
-    "The centre baseline: an isotropic Gaussian around pixel size/2, as in the published rows, min-maxed."
+    "The centre baseline: a Gaussian around pixel size/2, as in the published rows, min-maxed."
     d2 = (np.arange(size) - size/2)**2
     g = np.exp(-(d2[:, None] + d2[None])/(2*(size/4)**2))
     return (g - g.min())/(g.max() - g.min())
