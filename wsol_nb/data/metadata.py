@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..core import expect
 from ..registry import did_you_mean
 from .manifest import COLUMNS, SUFFIXES, VIDEO, describe_problems, problem_table
 
@@ -23,58 +24,91 @@ def _text(file):
     except UnicodeDecodeError as e: raise ValueError(f'{file}: expected UTF-8 text ({e})') from None
 
 def _rows(file, widths, bad):
-    "`{path: [fields…]}` of a metadata file; a line whose number of fields is not in `widths` goes to `bad`."
+    "`{path: [(line number, fields), …]}`; a line whose number of fields is not in `widths` is bad."
     rows = {}
     if not file.is_file(): return rows
+    wanted = ' or '.join(str(w + 1) for w in widths)
     for n, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip(): continue
         path, *fields = line.split(',') if max(widths) else [line]
-        if len(fields) in widths: rows.setdefault(path.strip(), []).append((n, fields))
-        else: bad(path, f'{file.name} line {n}', f'expected {" or ".join(str(w + 1) for w in widths)} fields, got {len(fields) + 1}: {line!r}')
+        if len(fields) in widths:
+            rows.setdefault(path.strip(), []).append((n, fields))
+            continue
+        what = f'expected {wanted} fields, got {len(fields) + 1}: {line!r}'
+        bad(path, f'{file.name} line {n}', what)
     return rows
 
+# %% ../../nbs/0_ground/04_metadata.ipynb #6342724d
+def _parsed(fields, kind):
+    "The fields as finite numbers of a kind, or None."
+    try: values = tuple(kind(f) for f in fields)
+    except ValueError: return None
+    return values if all(map(math.isfinite, values)) else None
+
 def _numbers(rows, file, bad, kind=int):
-    "`{path: [tuple of numbers, …]}`; a field that is none goes to `bad`."
+    "`{path: [tuple of numbers, …]}`; a line with a field that is none is bad."
     out, expected = {}, 'whole numbers' if kind is int else 'numbers'
     for path, entries in rows.items():
         for n, fields in entries:
-            try: values = tuple(kind(f) for f in fields)
-            except ValueError: values = (math.nan,)
-            if all(map(math.isfinite, values)): out.setdefault(path, []).append(values)
+            values = _parsed(fields, kind)
+            if values is not None: out.setdefault(path, []).append(values)
             else: bad(path, f'{file} line {n}', f'expected {expected}, got {",".join(fields)!r}')
     return out
 
-def _masks(rows, file, images, bad, into):
-    "Adds mask and ignore files of `path,mask,ignore` rows to `into[path]`; the ignore file stands on the first row, an empty mask alone."
+# %% ../../nbs/0_ground/04_metadata.ipynb #f845c9c2
+def _masks(rows, file, images, bad):
+    "`{path: (mask files, ignore file)}` of rows `path,mask,ignore`."
+    out = {}
     for path, entries in rows.items():
-        masks, ignores = ([f.strip() for f in column] for column in zip(*(fields for _, fields in entries)))
-        if len(masks) > 1 and '' in masks: bad(path, f'{file} line {entries[masks.index("")][0]}', f'{path!r} has a row without a mask beside {len(masks) - 1} other')
-        if len(set(filter(None, ignores))) > 1: bad(path, f'{file} line {entries[0][0]}', f'{path!r} has several ignore files, expected one on its first row')
-        into[path] = tuple(str(images/m) if m else '' for m in masks), next((str(images/i) for i in ignores if i), '')
+        lines, fields = zip(*entries)
+        masks, ignores = ([f.strip() for f in column] for column in zip(*fields))
+        named = [i for i in ignores if i]
+        if len(masks) > 1 and '' in masks:
+            bad(path, f'{file} line {lines[masks.index("")]}',
+                f'{path!r} has a row without a mask beside {len(masks) - 1} other')
+        if len(set(named)) > 1:
+            bad(path, f'{file} line {lines[0]}',
+                f'{path!r} has several ignore files, expected one on its first row')
+        files = tuple(str(images/m) if m else '' for m in masks)
+        out[path] = files, str(images/named[0]) if named else ''
+    return out
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #4a07943d
 _FRAME = re.compile(r'/(shots/\d+|shot-\d+)/[^/]*\d\.\w+$') # a frame's id in YouTube-Objects
+
+def _video(image_id):
+    "`video, shot, frame` of a frame; its number is the last in its name, -1 where there is none."
+    shot = PurePosixPath(image_id).parent
+    video = shot.parent.parent if shot.parent.name == 'shots' else shot.parent
+    number = re.search(r'(\d+)\D*$', PurePosixPath(image_id).stem)
+    return dict(video=str(video), shot=str(shot), frame=int(number[1]) if number else -1)
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #3308bc30
+def _frames_in(folder):
+    "The names of a folder's images; none where there is no folder."
+    if not folder.is_dir(): return []
+    return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
 
 def _frames(ids, images, bad):
     "`{image id: listed id}`: a listed path without a suffix is a shot, the folder of its frames."
     out = {}
     for listed, entries in ids.items():
-        if PurePosixPath(listed).suffix: out[listed] = listed; continue
-        folder, where = images/listed, f'image_ids.txt line {entries[0][0]}'
-        found = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-        if not found: bad(listed, where, f'{listed!r} has no suffix, so it is a shot, but {folder} {"holds no image" if folder.is_dir() else "is no folder"}')
-        out |= {f'{listed}/{name}': listed for name in found}
+        if PurePosixPath(listed).suffix:
+            out[listed] = listed
+            continue
+        folder = images/listed
+        names = _frames_in(folder)
+        if not names:
+            lacks = 'holds no image' if folder.is_dir() else 'is no folder'
+            bad(listed, f'image_ids.txt line {entries[0][0]}',
+                f'{listed!r} has no suffix, so it is a shot, but {folder} {lacks}')
+        out |= {f'{listed}/{name}': listed for name in names}
     return out
-
-def _video(image_id):
-    "`video, shot, frame` of a frame; its number is the last one in its name, -1 where there is none."
-    path = PurePosixPath(image_id)
-    shot, number = path.parent, re.search(r'(\d+)\D*$', path.stem)
-    return dict(video=str(shot.parent.parent if shot.parent.name == 'shots' else shot.parent), shot=str(shot), frame=int(number[1]) if number else -1)
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #386e2996
 _REACH = {'YouTube-Objects-v1.0': 8, 'YouTube-Objects-v2.2': 1}
-_SWAPPED, _TOO_WIDE = 'horse/data/0004/shots/055/frame0020.jpg', 'boat/data/0006/shots/026/frame0001.jpg' # of YouTube-Objects v1.0
+_SWAPPED = 'horse/data/0004/shots/055/frame0020.jpg' # in v1.0, its x0 and x1
+_TOO_WIDE = 'boat/data/0006/shots/026/frame0001.jpg' # in v1.0
 
 def _as_boxes(rows):
     "Box rows as an (n,4) array: int64, or float64 where there are fractions."
@@ -82,110 +116,193 @@ def _as_boxes(rows):
     return boxes if (boxes % 1).any() else boxes.astype(np.int64)
 
 def _mend_box(image_id, boxes, size, reach):
-    "The boxes, cut at the border of their image where they leave it by at most `reach` pixels; a known bad record put right."
-    out, size = boxes.copy(), np.array(size)
+    "The boxes, cut at a border that they leave by at most `reach` pixels; a bad record put right."
+    out, last = boxes.copy(), np.array(size) - 1
     if image_id == _SWAPPED: out[:, ::2] = np.sort(out[:, ::2], 1)
     if image_id == _TOO_WIDE: reach = math.inf
     low, high = out[:, :2], out[:, 2:]
     low[(low < 0) & (low >= -reach)] = 0
-    return np.hstack([low, np.where((high >= size) & (high - (size - 1) <= reach), size - 1, high)])
+    slips = (high >= last + 1) & (high - last <= reach)
+    return np.hstack([low, np.where(slips, last, high)])
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #5f94b9c3
+def _note_of_record(image_id, before, after):
+    return (f'{image_id}: {before.tolist()} is a known bad record of YouTube-Objects v1.0, '
+            f'put right as {after.tolist()}')
+
+def _note_of_cuts(cut, n):
+    "Says of `{image id: pixels}`, among `n` images, what was cut at the border."
+    return (f'boxes reach over the border by up to {max(cut.values()):.2g} pixels in {len(cut)} '
+            f'of {n} images and are cut there, {next(iter(cut))!r} first')
 
 def _mend(boxes, sizes, reach):
     "All boxes of a split, and notes on those that were changed."
     out, notes, cut = {}, [], {}
-    for image_id, b in boxes.items():
-        b = _as_boxes(b)
-        out[image_id] = m = _mend_box(image_id, b, sizes[image_id][0], reach) if image_id in sizes else b
-        if (m == b).all(): continue
-        if image_id in (_SWAPPED, _TOO_WIDE): notes.append(f'{image_id}: {b.tolist()} is a known bad record of YouTube-Objects v1.0, put right as {m.tolist()}')
-        else: cut[image_id] = np.abs(m - b).max()
-    if cut: notes.append(f'boxes reach over the border by up to {max(cut.values()):.2g} pixels in {len(cut)} of {len(boxes)} images and are cut there, {next(iter(cut))!r} first')
+    for image_id, rows in boxes.items():
+        before = after = _as_boxes(rows)
+        if image_id in sizes: after = _mend_box(image_id, before, sizes[image_id][0], reach)
+        out[image_id] = after
+        if (after == before).all(): continue
+        if image_id in (_SWAPPED, _TOO_WIDE):
+            notes.append(_note_of_record(image_id, before, after))
+        else: cut[image_id] = np.abs(after - before).max()
+    if cut: notes.append(_note_of_cuts(cut, len(boxes)))
     return out, notes
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #8889f4db
+def _check_listed(text, listed, bad):
+    "Faults of the rows of images that are not listed."
+    for file, rows in text.items():
+        for path in sorted(rows.keys() - listed):
+            bad(path, f'{file} line {rows[path][0][0]}', f'{path!r} is not in image_ids.txt')
+
+def _check_twice(image_id, labels, sizes, bad):
+    "Faults of an image whose label or size is given twice."
+    for file, table in (('class_labels.txt', labels), ('image_sizes.txt', sizes)):
+        given = table.get(image_id, [])
+        if len(set(given)) < len(given): bad(image_id, file, f'{image_id!r} has the same row twice')
+    if len(set(sizes.get(image_id, []))) > 1:
+        bad(image_id, 'image_sizes.txt', f'{image_id!r} has two sizes')
+
+def _check_images(ids, labels, sizes, told, bad):
+    "Faults of the listed images; the label of those in `told` is known to be faulty."
+    for image_id, entries in ids.items():
+        if len(entries) > 1:
+            bad(image_id, 'image_ids.txt', f'{image_id!r} stands there {len(entries)} times')
+        if image_id not in labels and image_id not in told:
+            bad(image_id, 'class_labels.txt', f'no label for {image_id!r}')
+        _check_twice(image_id, labels, sizes, bad)
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #1a821e62
+_FILES = {'class_labels.txt': (1,), 'image_sizes.txt': (2,), 'localization.txt': (4, 2),
+          'masks.txt': (2,)} # and how many fields follow the path
+
+def _of_width(rows, width):
+    "The rows that have so many fields."
+    found = {path: [e for e in entries if len(e[1]) == width] for path, entries in rows.items()}
+    return {path: entries for path, entries in found.items() if entries}
+
+def _read_files(folder, images, bad):
+    "The files of a split: their text, and labels, sizes, boxes and masks of each image."
+    text = {file: _rows(folder/file, widths, bad) for file, widths in _FILES.items()}
+    labels = _numbers(text['class_labels.txt'], 'class_labels.txt', bad)
+    sizes = _numbers(text['image_sizes.txt'], 'image_sizes.txt', bad)
+    boxes = _numbers(_of_width(text['localization.txt'], 4), 'localization.txt', bad, float)
+    masks = {}
+    for file in ('localization.txt', 'masks.txt'):
+        masks |= _masks(_of_width(text[file], 2), file, images, bad)
+    return text, labels, sizes, boxes, masks
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #a1a6f901
 def _read_split(folder, images, split, reach):
-    "The rows of one split as dicts, what is wrong with its files, and notes on what was put right."
+    "The rows of one split as dicts, what is wrong with its files, and what was put right."
+    if not (folder/'image_ids.txt').is_file():
+        raise ValueError(f'{folder}: image_ids.txt is missing, so this is no split of a dataset')
     problems = []
     def bad(image_id, where, what): problems.append((split, image_id, f'{split}/{where}', what))
-    if not (folder/'image_ids.txt').is_file(): raise ValueError(f'{folder}: image_ids.txt is missing, so this is no split of a WSOL dataset')
     ids = _rows(folder/'image_ids.txt', (0,), bad)
-    text = {f: _rows(folder/f, widths, bad) for f, widths in {'class_labels.txt': (1,), 'image_sizes.txt': (2,), 'localization.txt': (4, 2), 'masks.txt': (2,)}.items()}
-    labels, sizes = (_numbers(text[f], f, bad) for f in ('class_labels.txt', 'image_sizes.txt'))
-    local = text['localization.txt']
-    boxes, notes = _mend(_numbers({p: [e for e in r if len(e[1]) == 4] for p, r in local.items()}, 'localization.txt', bad, float), sizes, reach)
-    masks = {}
-    for f in ('localization.txt', 'masks.txt'): _masks({p: m for p, r in text[f].items() if (m := [e for e in r if len(e[1]) == 2])}, f, images, bad, masks)
-    listed = _frames(ids, images, bad)
-    for f, rows in text.items():
-        for path in sorted(rows.keys() - ids.keys() - listed.keys()): bad(path, f'{f} line {rows[path][0][0]}', f'{path!r} is not in image_ids.txt')
-    unlabelled = {p[1] for p in problems if '/class_labels' in p[2]}
-    for image_id, entries in ids.items():
-        if len(entries) > 1: bad(image_id, 'image_ids.txt', f'{image_id!r} stands there {len(entries)} times')
-        if image_id not in labels and image_id not in unlabelled: bad(image_id, 'class_labels.txt', f'no label for {image_id!r}')
-        for file, table in (('class_labels', labels), ('image_sizes', sizes)):
-            given = table.get(image_id, [])
-            if len(set(given)) < len(given): bad(image_id, f'{file}.txt', f'{image_id!r} has the same row twice')
-        if len(set(sizes.get(image_id, []))) > 1: bad(image_id, 'image_sizes.txt', f'{image_id!r} has two sizes')
-    rows = []
-    for image_id, known_as in listed.items():
+    text, labels, sizes, boxes, masks = _read_files(folder, images, bad)
+    boxes, notes = _mend(boxes, sizes, reach)
+    frames = _frames(ids, images, bad)
+    _check_listed(text, ids.keys() | frames.keys(), bad)
+    told = {image_id for _, image_id, where, _ in problems if '/class_labels' in where}
+    _check_images(ids, labels, sizes, told, bad)
+    def row(image_id, listed):
         width, height = sizes.get(image_id, [(0, 0)])[0]
         mask, ignore = masks.get(image_id, ((), ''))
-        rows.append(dict(image_id=image_id, listed=known_as, path=str(images/image_id), split=split, width=width, height=height, mask=mask, ignore=ignore,
-                         labels=tuple(dict.fromkeys(l[0] for l in labels.get(known_as, [(-1,)]))), boxes=boxes.get(image_id, np.zeros((0, 4), np.int64))))
-    return rows, problems, notes
+        classes = dict.fromkeys(l for l, in labels.get(listed, [(-1,)]))
+        return dict(image_id=image_id, listed=listed, path=str(images/image_id), split=split,
+                    width=width, height=height, mask=mask, ignore=ignore, labels=tuple(classes),
+                    boxes=boxes.get(image_id, np.zeros((0, 4), np.int64)))
+    return [row(image_id, listed) for image_id, listed in frames.items()], problems, notes
 
-# %% ../../nbs/0_ground/04_metadata.ipynb #15a5d593
+# %% ../../nbs/0_ground/04_metadata.ipynb #d94cc312
+def _names_in(file):
+    "`{class id as text: name}` of a file with `id,name` lines, or of YAML with `name: id`."
+    text = _text(file)
+    if file.suffix == '.yaml':
+        pairs = re.findall(r'([^{},:\n]+):\s*(\d+)', text)
+        return {i: name.strip(' \'"') for name, i in pairs}
+    lines = [line for line in text.splitlines() if line.strip()]
+    odd = [line for line in lines if ',' not in line]
+    if odd: raise ValueError(f"{file}: expected 'id,name', got {odd[0]!r}")
+    pairs = [line.split(',', 1) for line in lines]
+    return {i: name.strip() for i, name in pairs}
+
 def _listed_names(folders):
     "`{class id as text: name}` from the first file of `folders` that gives names."
-    for file in (d/name for d in folders for name in ('class_names.txt', 'encoding.yaml', 'class_id.yaml')):
-        if not file.is_file(): continue
-        if file.suffix == '.yaml': return {i: name.strip(' \'"') for name, i in re.findall(r'([^{},:\n]+):\s*(\d+)', _text(file))}
-        lines = [line for line in _text(file).splitlines() if line.strip()]
-        if bad := [line for line in lines if ',' not in line]: raise ValueError(f"{file}: expected 'id,name', got {bad[0]!r}")
-        return {i: name.strip() for i, name in (line.split(',', 1) for line in lines)}
+    for folder in folders:
+        for name in ('class_names.txt', 'encoding.yaml', 'class_id.yaml'):
+            if (folder/name).is_file(): return _names_in(folder/name)
+    return {}
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #15a5d593
+def _own_folder(path): return str(path.parent)
+def _top_folder(path): return path.parent.parts[0] if path.parent.parts else ''
+
+def _folder_names(rows):
+    "`{class id: name}` where each of several training folders holds one class; else nothing."
+    train = [r for r in rows if r['split'] == 'train'] or rows
+    placed = [(PurePosixPath(r['image_id']), l) for r in train for l in r['labels']]
+    for folder_of in (_own_folder, _top_folder):
+        pairs = {(folder_of(path), l) for path, l in placed}
+        folders, classes = {f for f, _ in pairs}, {l for _, l in pairs}
+        if len(folders) == len(classes) == len(pairs) > 1:
+            return {l: PurePosixPath(f).name for f, l in pairs}
     return {}
 
 def _class_names(rows, folders):
-    "`{class id: name}` from a file in `folders`, else from the images' folders, else the ids themselves."
+    "`{class id: name}` from a file in `folders`, else from the images' folders, else the ids."
     ids, named = sorted({l for r in rows for l in r['labels']}), _listed_names(folders)
     if named: return {i: named.get(str(i), str(i)) for i in ids}
-    train = [(PurePosixPath(r['image_id']).parent, l) for r in rows if r['split'] == 'train' for l in r['labels']]
-    train = train or [(PurePosixPath(r['image_id']).parent, l) for r in rows for l in r['labels']]
-    for part in (str, lambda p: (*p.parts, '')[0]): # the image's own folder, then the top one
-        pairs = {(part(p), l) for p, l in train}
-        if len({p for p, _ in pairs}) == len({l for _, l in pairs}) == len(pairs) > 1: return {i: str(i) for i in ids} | {l: PurePosixPath(p).name for p, l in pairs}
-    return {i: str(i) for i in ids}
+    return {i: str(i) for i in ids} | _folder_names(rows)
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #65e954b7
+def _is_video(rows):
+    "Whether some rows are frames of a listed shot, or all have the path of a frame."
+    if not rows: return False
+    if any(r.get('listed', r['image_id']) != r['image_id'] for r in rows): return True
+    return all(_FRAME.search(r['image_id']) for r in rows)
+
 def new_manifest(rows, names):
     "Rows of `_read_split` as a manifest."
-    several = any(len(r['labels']) > 1 for r in rows)
-    film = bool(rows) and (any(r.get('listed', r['image_id']) != r['image_id'] for r in rows) or all(_FRAME.search(r['image_id']) for r in rows))
+    several, video = any(len(r['labels']) > 1 for r in rows), _is_video(rows)
     for r in rows:
-        r['label'], r['class_name'] = r['labels'][0], names[r['labels'][0]]
-        if film: r |= _video(r['image_id'])
-    df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several + VIDEO*film)
+        r['label'] = r['labels'][0]
+        r['class_name'] = names[r['label']]
+        if video: r |= _video(r['image_id'])
+    df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several + VIDEO*video)
     return df.astype({'label': 'int64', 'width': 'int64', 'height': 'int64'})
 
-def _negatives(rows, negative, folders):
-    "The set of negative classes: the given ones, which must be there; or those of `negative_classes.txt`, as far as they are."
-    there = {l for r in rows for l in r['labels']}
-    if negative is None:
-        file = next((f for d in folders if (f := d/'negative_classes.txt').is_file()), None)
-        listed = _text(file).split() if file else []
-        if not all(l.isdecimal() for l in listed): raise ValueError(f'{file}: expected a class id per line, got {" ".join(listed)!r}')
-        return {int(l) for l in listed} & there
-    classes = {negative} if isinstance(negative, (int, np.integer)) else set(negative)
-    unknown = classes - there
-    if unknown: raise ValueError(f'negative: no image has class {", ".join(map(str, sorted(unknown, key=str)))}; there are {sorted(there)[:20]}')
-    return classes
+# %% ../../nbs/0_ground/04_metadata.ipynb #b7f2c315
+def _listed_negatives(folders):
+    "The classes of the first `negative_classes.txt` in `folders`."
+    for file in (folder/'negative_classes.txt' for folder in folders):
+        if not file.is_file(): continue
+        listed = _text(file).split()
+        if all(l.isdecimal() for l in listed): return {int(l) for l in listed}
+        raise ValueError(f'{file}: expected a class id per line, got {" ".join(listed)!r}')
+    return set()
 
+def _negatives(rows, negative, folders):
+    "The negative classes: the given ones, which must be there, or those listed that are there."
+    there = {l for r in rows for l in r['labels']}
+    if negative is None: return _listed_negatives(folders) & there
+    classes = {negative} if isinstance(negative, (int, np.integer)) else set(negative)
+    unknown = ', '.join(map(str, sorted(classes - there, key=str)))
+    if not unknown: return classes
+    raise ValueError(f'negative: no image has class {unknown}; there are {sorted(there)[:20]}')
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #53c82ce0
 def _without_foreground(rows, classes):
-    "Marks the images of the negative classes as annotated and empty; those that have a mask or boxes all the same."
+    "Marks the images of the negative classes as annotated and empty; yields those that are not."
     for r in rows:
         if not set(r['labels']) <= classes: continue
         r['mask'] = r['mask'] or ('',)
-        if any(r['mask']) or len(r['boxes']): yield r['split'], r['image_id'], f'{r["split"]}/localization.txt', f'{r["image_id"]!r} is of a negative class, but has a {"mask" if any(r["mask"]) else "box"}'
+        masked = any(r['mask'])
+        if not masked and not len(r['boxes']): continue
+        what = f'{r["image_id"]!r} is of a negative class, but has a {"mask" if masked else "box"}'
+        yield r['split'], r['image_id'], f'{r["split"]}/localization.txt', what
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #b06de3cb
 def datasets_in(
@@ -195,54 +312,83 @@ def datasets_in(
     meta = Path(root)/'metadata'
     found = {}
     for f in sorted(meta.rglob('image_ids.txt')):
-        found.setdefault(f.parent.parent.relative_to(meta).as_posix(), []).append(f.parent.name)
-    return {d: sorted(s, key=lambda s: (s != 'train', s == 'test', s)) for d, s in found.items()}
+        dataset = f.parent.parent.relative_to(meta).as_posix()
+        found.setdefault(dataset, []).append(f.parent.name)
+    def order(split): return split != 'train', split == 'test', split
+    return {dataset: sorted(splits, key=order) for dataset, splits in found.items()}
 
+# %% ../../nbs/0_ground/04_metadata.ipynb #9c37baff
+def _asked(root, dataset, splits):
+    "The splits to read: those asked for, which must be there, or all."
+    known = datasets_in(root)
+    if dataset not in known:
+        hint = did_you_mean(dataset, known) if known else 'nothing is there'
+        raise ValueError(f'dataset={dataset!r}: not in {root}/metadata; {hint}')
+    wanted = f'splits of {dataset}: {", ".join(known[dataset])}'
+    if isinstance(splits, str): splits = [splits]
+    for s in splits or []: expect(s in known[dataset], 'splits', s, wanted)
+    return splits or known[dataset]
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #2a8ceb67
+def _read_splits(root, dataset, splits, images, reach):
+    "Rows, problems and notes of several splits; one without an image is a problem."
+    rows, problems, notes = [], [], []
+    for s in splits:
+        more, faults, remarks = _read_split(root/'metadata'/dataset/s, images, s, reach)
+        rows += more
+        problems += faults
+        if not more:
+            problems.append((s, '', 'image_ids.txt', f'split {s!r} of {dataset} is empty'))
+        notes += [f'{s}: {r}' for r in remarks]
+    return rows, problems, notes
+
+# %% ../../nbs/0_ground/04_metadata.ipynb #84feb71f
 def read_metadata(
     root, # folder that holds `metadata/<dataset>` and the images
     dataset:str, # e.g. 'CUB' or 'GLAS/fold-0'
     splits=None, # the splits to read; None: all there are
     images=None, # the images' folder; None: `root/<first part of dataset>`
-    strict:bool=True, # raise on the first look at a faulty file; False: collect the faults in `.attrs['problems']`
-    negative=None, # class id or ids whose images have no foreground by definition: without a mask they count as annotated and empty; None: those that the dataset lists
-    reach:float=None, # pixels by which a box may leave its image, to be cut at the border and noted; None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
-)->pd.DataFrame: # a manifest; `.attrs['notes']` says what was put right, `.attrs['negative']` which classes are negative
-    "Read a dataset in the WSOL metadata layout. Raises ValueError with every fault of the files, by file and line."
+    # raise on the first look at a faulty file; False: collect the faults in `.attrs['problems']`
+    strict:bool=True,
+    # class id or ids whose images have no foreground by definition: without a mask they count as
+    # annotated and empty; None: those that the dataset lists
+    negative=None,
+    # pixels by which a box may leave its image, to be cut at the border and noted;
+    # None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
+    reach:float=None,
+)->pd.DataFrame: # a manifest; `.attrs['notes']`: what was put right, `['negative']`: those classes
+    "Read a dataset in the WSOL layout. Raises ValueError with every fault, by file and line."
     root = Path(root)
-    known = datasets_in(root)
-    if dataset not in known: raise ValueError(f'dataset={dataset!r}: not in {root}/metadata; {did_you_mean(dataset, known) if known else "nothing is there"}')
-    splits = [splits] if isinstance(splits, str) else splits or known[dataset]
-    for s in splits:
-        if s not in known[dataset]: raise ValueError(f'splits: {dataset} has no {s!r}; it has {", ".join(known[dataset])}')
-    meta, images = root/'metadata'/dataset, Path(images) if images else root/Path(dataset).parts[0]
-    reach = _REACH.get(Path(dataset).parts[0], 0) if reach is None else reach
-    rows, problems, notes = [], [], []
-    for s in splits:
-        more, faults, remarks = _read_split(meta/s, images, s, reach)
-        if not more: faults.append((s, '', 'image_ids.txt', f'split {s!r} of {dataset} is empty'))
-        rows, problems, notes = rows + more, problems + faults, notes + [f'{s}: {r}' for r in remarks]
-    folders = [meta, *meta.parents[:len(Path(dataset).parts) - 1]]
+    splits = _asked(root, dataset, splits)
+    first, *deeper = Path(dataset).parts
+    images = Path(images) if images else root/first
+    if reach is None: reach = _REACH.get(first, 0)
+    rows, problems, notes = _read_splits(root, dataset, splits, images, reach)
+    meta = root/'metadata'/dataset
+    folders = [meta, *meta.parents[:len(deeper)]]
     negative = _negatives(rows, negative, folders)
     problems += _without_foreground(rows, negative)
-    if strict and problems: raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
+    if strict and problems:
+        raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
     df = new_manifest(rows, _class_names(rows, folders))
     df.attrs.update(problems=problems, notes=notes, negative=sorted(negative))
     return df
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #394bddff
+_EXAMPLE = dict(
+    image_ids='owl/1.jpg\njay/2.jpg',
+    class_labels='owl/1.jpg,17\njay/2.jpg,4',
+    image_sizes='owl/1.jpg,500,340\njay/2.jpg,500,340',
+    localization='owl/1.jpg,60,27,385,331\njay/2.jpg,14,112,402,298\njay/2.jpg,0,0,9,9')
+
 def write_example(
     root, # an empty folder
     **files # metadata files to write instead, e.g. class_labels='owl/1.jpg,17'
 ): # root
-    "Write `TINY`, a dataset of two grey images of 50x34, to see the layout and to try what goes wrong."
+    "Write `TINY`, two grey images of 50x34, to see the layout and to try what goes wrong."
     meta = Path(root)/'metadata/TINY/train'
     meta.mkdir(parents=True)
-    text = dict(
-        image_ids='owl/1.jpg\njay/2.jpg',
-        class_labels='owl/1.jpg,17\njay/2.jpg,4',
-        image_sizes='owl/1.jpg,500,340\njay/2.jpg,500,340',
-        localization='owl/1.jpg,60,27,385,331\njay/2.jpg,14,112,402,298\njay/2.jpg,0,0,9,9')
-    for name, t in (text | files).items(): (meta/f'{name}.txt').write_text(t)
+    for name, text in (_EXAMPLE | files).items(): (meta/f'{name}.txt').write_text(text)
     for image_id in ('owl/1.jpg', 'jay/2.jpg'):
         file = Path(root)/'TINY'/image_id
         file.parent.mkdir(parents=True)
