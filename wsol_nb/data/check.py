@@ -15,7 +15,7 @@ from PIL import Image
 from ..core import BadImage
 from .manifest import COLUMNS, labels_of, problem_table
 
-# %% ../../nbs/0_ground/07_check.ipynb #9926fb8d
+# %% ../../nbs/0_ground/07_check.ipynb #6b7edb75
 def _check_box(b, r):
     "What is wrong with a box of a row, or None."
     if (b[2:] < b[:2]).any(): return f'box {b.tolist()} is reversed (expected x0<=x1 and y0<=y1)'
@@ -23,6 +23,7 @@ def _check_box(b, r):
     if not beyond and not (b < 0).any(): return None
     return f'box {b.tolist()} lies outside its image of {r.width}x{r.height} pixels'
 
+# %% ../../nbs/0_ground/07_check.ipynb #95db903f
 def _check_row(r):
     "The faults of a row that need no file."
     if r.label < 0: yield f'no label for {r.image_id!r}'
@@ -43,6 +44,7 @@ def _opened(file, look):
         what = f'cannot be read as an image ({type(e).__name__}: {e})'
         raise BadImage(f'{file}: {what}') from None
 
+# %% ../../nbs/0_ground/07_check.ipynb #8a0f99e2
 def _size(img):
     "The size of an image that can be decoded."
     size = img.size
@@ -56,7 +58,7 @@ def _size_and_turn(img):
     img.load()
     return size, turned
 
-# %% ../../nbs/0_ground/07_check.ipynb #26b1be41
+# %% ../../nbs/0_ground/07_check.ipynb #b9245c6d
 def _other_shape(r, stored):
     "Whether the sides of the stored image differ by more than 5 % from those of the original."
     return r.width and abs(stored[0]*r.height/(stored[1]*r.width) - 1) > .05
@@ -68,6 +70,7 @@ def _check_mask(file, stored):
     return (f'mask {file} has {size[0]}x{size[1]} pixels, '
             f'the stored image {stored[0]}x{stored[1]}')
 
+# %% ../../nbs/0_ground/07_check.ipynb #f84e1450
 def _faults_of_files(r):
     files = [f for f in (*r.mask, r.ignore) if f]
     stored, turned = _opened(r.path, _size_and_turn)
@@ -84,7 +87,7 @@ def _check_files(r):
     try: yield from _faults_of_files(r)
     except BadImage as e: yield str(e)
 
-# %% ../../nbs/0_ground/07_check.ipynb #c09fc2d5
+# %% ../../nbs/0_ground/07_check.ipynb #a66cd3e8
 def _of(r, what): return r.split, r.image_id, f'{r.split} {r.image_id}', what
 
 def _new_classes(df, train):
@@ -96,6 +99,7 @@ def _new_classes(df, train):
         new = sorted({l for ls in part for l in ls} - classes)
         if new: yield s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'
 
+# %% ../../nbs/0_ground/07_check.ipynb #0cd3142f
 def _repeated(df):
     "Faults of the rows that are in a split already."
     for r in df[df.duplicated(['split', 'image_id'])].itertuples():
@@ -108,7 +112,7 @@ def _shared(df, test):
         for i in sorted(tested & set(part.image_id)):
             yield test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'
 
-# %% ../../nbs/0_ground/07_check.ipynb #d1dcdf96
+# %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
 def _faults_of_rows(rows, told):
     "The faults of all rows; of one without a label nothing where `told` has it already."
     for r in rows:

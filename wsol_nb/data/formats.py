@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import expect
-from .manifest import SUFFIXES
-from .metadata import new_manifest
+from .manifest import SUFFIXES, new_manifest
 
 # %% ../../nbs/0_ground/05_formats.ipynb #a3851a5d
 def _shots(file):
@@ -25,6 +24,7 @@ def _shots(file):
     raise ValueError(f'{file}: expected a 3 x shots array `ranges` of first frame, last frame '
                      f'and video, got shape {spans.shape}')
 
+# %% ../../nbs/0_ground/05_formats.ipynb #6af4e299
 def _links(file, root, out):
     "`{link: frame}` of the class of a file of ranges."
     name, links = file.stem.removeprefix('ranges_'), {}
@@ -33,7 +33,7 @@ def _links(file, root, out):
         for n in range(first, last + 1): links[folder/f'{n:08d}.jpg'] = root/name/f'{n:08d}.jpg'
     return links
 
-# %% ../../nbs/0_ground/05_formats.ipynb #cd1bf482
+# %% ../../nbs/0_ground/05_formats.ipynb #63fd1058
 def _link(frame, link):
     "A hard link, or a symbolic one where `link` is on another disk."
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,7 @@ def _link(frame, link):
     try: os.link(frame, link)
     except OSError: link.symlink_to(frame.resolve())
 
+# %% ../../nbs/0_ground/05_formats.ipynb #5c4ad395
 def link_shots(
     root, # YouTube-Objects v2.2 as distributed: <class>/<frame>.jpg, Ranges/ranges_<class>.mat
     out, # where <class>/video-0001/shot-000000/<frame>.jpg go, e.g. <root>/YouTube-Objects-v2.2
@@ -66,7 +67,7 @@ def _random_splits(ids, valid_pct, test_pct, seed):
     if not (names == 'train').any(): names[u.argmax()] = 'train'
     return names
 
-# %% ../../nbs/0_ground/05_formats.ipynb #9999672e
+# %% ../../nbs/0_ground/05_formats.ipynb #6a313e0c
 _SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
                test='test', testing='test')
 
@@ -75,6 +76,7 @@ def _image_files(root):
     files = (f.relative_to(root) for f in root.rglob('*') if f.suffix.lower() in SUFFIXES)
     return sorted(f for f in files if not any(part.startswith('.') for part in f.parts))
 
+# %% ../../nbs/0_ground/05_formats.ipynb #6a360d32
 def _is_split(files, root):
     "Whether the folders at the top are splits; an error where only some look like it."
     deep = {f.parts[0] for f in files if len(f.parts) > 2}
@@ -86,7 +88,7 @@ def _is_split(files, root):
                          f'but what is {", ".join(odd[:3])} beside them?')
     return bool(tops) and not odd
 
-# %% ../../nbs/0_ground/05_formats.ipynb #e61b2ba8
+# %% ../../nbs/0_ground/05_formats.ipynb #52723d2d
 def _check_folder(root, valid_pct, test_pct):
     "Refuses what is no folder, and shares that are none."
     expect(root.is_dir(), 'root', str(root), 'a folder')
@@ -101,6 +103,7 @@ def _check_files(root, files):
         raise ValueError(f'root={str(root)!r}: expected <class>/<image>, found {len(loose)} images '
                          f'in no class folder, {loose[0]} first')
 
+# %% ../../nbs/0_ground/05_formats.ipynb #4bc92220
 def _divide(files, classes, valid_pct, test_pct, seed):
     "The split of each image, class by class at random."
     splits, classes = np.empty(len(files), dtype=object), np.array(classes)

@@ -6,6 +6,9 @@
 __all__ = ['COLUMNS', 'VIDEO', 'SUFFIXES', 'PROBLEMS', 'labels_of', 'problem_table', 'describe_problems']
 
 # %% ../../nbs/0_ground/03_manifest.ipynb #b1869c4a
+import re
+from pathlib import PurePosixPath
+
 import pandas as pd
 
 # %% ../../nbs/0_ground/03_manifest.ipynb #ab6d1d50
@@ -20,7 +23,49 @@ def labels_of(
     "All class ids of each image, whether or not the manifest has a column `labels`."
     return df['labels'] if 'labels' in df else df.label.map(lambda l: (l,))
 
-# %% ../../nbs/0_ground/03_manifest.ipynb #ddc44bf6
+# %% ../../nbs/0_ground/03_manifest.ipynb #408f07e9
+_FRAME = re.compile(r'/(shots/\d+|shot-\d+)/[^/]*\d\.\w+$') # a frame's id in YouTube-Objects
+
+def _video(image_id):
+    "`video, shot, frame` of a frame; its number is the last in its name, -1 where there is none."
+    shot = PurePosixPath(image_id).parent
+    video = shot.parent.parent if shot.parent.name == 'shots' else shot.parent
+    number = re.search(r'(\d+)\D*$', PurePosixPath(image_id).stem)
+    return dict(video=str(video), shot=str(shot), frame=int(number[1]) if number else -1)
+
+# %% ../../nbs/0_ground/03_manifest.ipynb #551f54c7
+def _own_folder(path): return str(path.parent)
+def _top_folder(path): return path.parent.parts[0] if path.parent.parts else ''
+
+def folder_names(rows):
+    "`{class id: name}` where each of several training folders holds one class; else nothing."
+    train = [r for r in rows if r['split'] == 'train'] or rows
+    placed = [(PurePosixPath(r['image_id']), l) for r in train for l in r['labels']]
+    for folder_of in (_own_folder, _top_folder):
+        pairs = {(folder_of(path), l) for path, l in placed}
+        folders, classes = {f for f, _ in pairs}, {l for _, l in pairs}
+        if len(folders) == len(classes) == len(pairs) > 1:
+            return {l: PurePosixPath(f).name for f, l in pairs}
+    return {}
+
+# %% ../../nbs/0_ground/03_manifest.ipynb #7fb9c56e
+def _is_video(rows):
+    "Whether some rows are frames of a listed shot, or all have the path of a frame."
+    if not rows: return False
+    if any(r.get('listed', r['image_id']) != r['image_id'] for r in rows): return True
+    return all(_FRAME.search(r['image_id']) for r in rows)
+
+def new_manifest(rows, names):
+    "Rows of a reader, with `{class id: name}`, as a manifest."
+    several, video = any(len(r['labels']) > 1 for r in rows), _is_video(rows)
+    for r in rows:
+        r['label'] = r['labels'][0]
+        r['class_name'] = names[r['label']]
+        if video: r |= _video(r['image_id'])
+    df = pd.DataFrame(rows, columns=COLUMNS + ['labels']*several + VIDEO*video)
+    return df.astype({'label': 'int64', 'width': 'int64', 'height': 'int64'})
+
+# %% ../../nbs/0_ground/03_manifest.ipynb #255d192f
 PROBLEMS = ['split', 'image_id', 'where', 'problem']
 
 def problem_table(
