@@ -196,7 +196,7 @@ def test_models(tmp_path):
 
 def test_weights_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('WSOL_WEIGHTS', str(tmp_path/'none'))
-    raises('is not a folder', wsol_model, 'resnet10t', 3, pretrained=True)
+    raises('expected a folder', wsol_model, 'resnet10t', 3, pretrained=True)
     monkeypatch.setenv('WSOL_WEIGHTS', str(tmp_path))
     for n in 'ab': torch.save(wsol_model('resnet10t', 3).body.state_dict(), tmp_path/f'resnet10t-{n}.pth')
     raises('several files for resnet10t', wsol_model, 'resnet10t', 3, pretrained=True)

@@ -24,10 +24,12 @@ def hardware()->dict: # {'cpu', 'cores', 'gpu'}
     info = Path('/proc/cpuinfo')
     if info.is_file():
         lines = info.read_text().splitlines()
-        cpu = next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), cpu)
+        models = [l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')]
+        cpu = models[0] if models else cpu
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=cpu, cores=os.cpu_count(), gpu=gpu)
 
+# %% ../nbs/0_ground/02_results.ipynb #2241fd70
 def commit()->str:
     "The commit of the checkout that is imported, or None where there is no checkout."
     where = str(Path(wsol_nb.__file__).parent)
@@ -56,17 +58,19 @@ def read_results(
     file = results_folder()/f'{name}.csv'
     if file.is_file(): return pd.read_csv(file, **kwargs)
     known = [f.stem for f in results_folder().glob('*.csv')]
-    if not known: raise ValueError(f'name={name!r}: the measured tables are in a checkout of wsol_nb, not in an installed package')
-    raise ValueError(f'name={name!r}: {did_you_mean(name, known)}')
+    if known: raise ValueError(f'name={name!r}: {did_you_mean(name, known)}')
+    raise ValueError(f'name={name!r}: the measured tables are in a checkout of wsol_nb, '
+                     'not in an installed package')
 
 # %% ../nbs/0_ground/02_results.ipynb #488ad7d4
+def _same(a, b): return a == b or bool(pd.isna(a) and pd.isna(b))
+
 def has_values(
     row:dict, # from a CSV, on the way through which None has become NaN
     values:dict,
 )->bool:
     "Whether a row has all of these values."
-    same = lambda a, b: a == b or bool(pd.isna(a) and pd.isna(b))
-    return all(same(row.get(k), v) for k, v in values.items())
+    return all(_same(row.get(k), v) for k, v in values.items())
 
 # %% ../nbs/0_ground/02_results.ipynb #3bbb3e79
 class Rows:

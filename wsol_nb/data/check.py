@@ -12,32 +12,121 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
+from ..core import BadImage
 from .manifest import COLUMNS, labels_of, problem_table
 
-# %% ../../nbs/0_ground/07_check.ipynb #ffe0247c
+# %% ../../nbs/0_ground/07_check.ipynb #6b7edb75
+def _check_box(b, r):
+    "What is wrong with a box of a row, or None."
+    if (b[2:] < b[:2]).any(): return f'box {b.tolist()} is reversed (expected x0<=x1 and y0<=y1)'
+    beyond = r.width and (b[2] >= r.width or b[3] >= r.height)
+    if not beyond and not (b < 0).any(): return None
+    return f'box {b.tolist()} lies outside its image of {r.width}x{r.height} pixels'
+
+# %% ../../nbs/0_ground/07_check.ipynb #95db903f
 def _check_row(r):
     "The faults of a row that need no file."
     if r.label < 0: yield f'no label for {r.image_id!r}'
-    for b in r.boxes:
-        if (b[2:] < b[:2]).any(): yield f'box {b.tolist()} is reversed (expected x0<=x1 and y0<=y1)'
-        elif (b < 0).any() or (r.width and (b[2] >= r.width or b[3] >= r.height)): yield f'box {b.tolist()} lies outside its image of {r.width}x{r.height} pixels'
-    if len(r.boxes) and r.mask == ('',): yield 'has boxes, but an empty mask says that it has no foreground'
-    if len(r.boxes) and not r.width: yield 'has boxes, but the size of the original image is not known'
+    yield from filter(None, (_check_box(b, r) for b in r.boxes))
+    if not len(r.boxes): return
+    if r.mask == ('',): yield 'has boxes, but an empty mask says that it has no foreground'
+    if not r.width: yield 'has boxes, but the size of the original image is not known'
+
+# %% ../../nbs/0_ground/07_check.ipynb #ffe0247c
+_ORIENTATION = 0x0112 # the EXIF flag; above 4, the picture lies on its side
+
+def _opened(file, look):
+    "What `look(img)` gives of an image file; `BadImage` where it cannot be read."
+    try:
+        with Image.open(file) as img: return look(img)
+    except FileNotFoundError: raise BadImage(f'{file}: no such file') from None
+    except Exception as e:
+        what = f'cannot be read as an image ({type(e).__name__}: {e})'
+        raise BadImage(f'{file}: {what}') from None
+
+# %% ../../nbs/0_ground/07_check.ipynb #8a0f99e2
+def _size(img):
+    "The size of an image that can be decoded."
+    size = img.size
+    img.load()
+    return size
+
+def _size_and_turn(img):
+    "The size of an image that can be decoded, and whether it is turned by EXIF."
+    size, turned = img.size, img.getexif().get(_ORIENTATION, 1) > 4
+    img.draft('RGB', (64, 64))
+    img.load()
+    return size, turned
+
+# %% ../../nbs/0_ground/07_check.ipynb #b9245c6d
+def _other_shape(r, stored):
+    "Whether the sides of the stored image differ by more than 5 % from those of the original."
+    return r.width and abs(stored[0]*r.height/(stored[1]*r.width) - 1) > .05
+
+def _check_mask(file, stored):
+    "What is wrong with a mask of an image of `stored` size, or None."
+    size = _opened(file, _size)
+    if size == stored: return None
+    return (f'mask {file} has {size[0]}x{size[1]} pixels, '
+            f'the stored image {stored[0]}x{stored[1]}')
+
+# %% ../../nbs/0_ground/07_check.ipynb #f84e1450
+def _faults_of_files(r):
+    files = [f for f in (*r.mask, r.ignore) if f]
+    stored, turned = _opened(r.path, _size_and_turn)
+    if _other_shape(r, stored):
+        yield (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
+               f'of {stored[0]}x{stored[1]} has another shape')
+    if turned and (len(r.boxes) or files):
+        yield ('is turned by an EXIF flag, which is ignored: '
+               'boxes and masks refer to the pixels as stored')
+    yield from filter(None, (_check_mask(f, stored) for f in files))
 
 def _check_files(r):
-    "The faults of a row's image and masks."
-    file, files = r.path, [f for f in (*r.mask, r.ignore) if f]
-    try:
-        with Image.open(file) as img:
-            stored, turned = img.size, img.getexif().get(0x0112, 1) > 4
-            img.draft('RGB', (64, 64)); img.load()
-        if r.width and abs(stored[0]*r.height/(stored[1]*r.width) - 1) > .05: yield f'is {r.width}x{r.height} by image_sizes.txt, but the stored image of {stored[0]}x{stored[1]} has another shape'
-        if turned and (len(r.boxes) or files): yield 'is turned by an EXIF flag, which is ignored: boxes and masks refer to the pixels as stored'
-        for file in files:
-            with Image.open(file) as img: size = img.size; img.load()
-            if size != stored: yield f'mask {file} has {size[0]}x{size[1]} pixels, the stored image {stored[0]}x{stored[1]}'
-    except FileNotFoundError: yield f'{file}: no such file'
-    except Exception as e: yield f'{file}: cannot be read as an image ({type(e).__name__}: {e})'
+    "The faults of a row's image and masks, up to the first file that cannot be read."
+    try: yield from _faults_of_files(r)
+    except BadImage as e: yield str(e)
+
+# %% ../../nbs/0_ground/07_check.ipynb #a66cd3e8
+def _of(r, what): return r.split, r.image_id, f'{r.split} {r.image_id}', what
+
+def _new_classes(df, train):
+    "Faults of the splits that have classes which training has not."
+    labels = labels_of(df)
+    classes = {l for ls in labels[df.split == train] for l in ls}
+    if not classes: return
+    for s, part in labels[df.label >= 0].groupby(df.split, sort=False):
+        new = sorted({l for ls in part for l in ls} - classes)
+        if new: yield s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'
+
+# %% ../../nbs/0_ground/07_check.ipynb #0cd3142f
+def _repeated(df):
+    "Faults of the rows that are in a split already."
+    for r in df[df.duplicated(['split', 'image_id'])].itertuples():
+        yield _of(r, f'{r.image_id!r} stands twice in {r.split!r}')
+
+def _shared(df, test):
+    "Faults of the test images that another split has too."
+    tested = set(df.image_id[df.split == test])
+    for s, part in df[df.split != test].groupby('split', sort=False):
+        for i in sorted(tested & set(part.image_id)):
+            yield test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'
+
+# %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
+def _faults_of_rows(rows, told):
+    "The faults of all rows; of one without a label nothing where `told` has it already."
+    for r in rows:
+        if r.label < 0 and (r.split, r.image_id) in told: continue
+        for what in _check_row(r): yield _of(r, what)
+
+def _faults_of_images(rows, progress):
+    "The faults of all images and masks, decoded on threads."
+    def check(r): return list(_check_files(r))
+    with ThreadPoolExecutor(4) as pool:
+        faults = pool.map(check, rows)
+        if progress: faults = progress_bar(faults, total=len(rows), leave=False)
+        for r, whats in zip(rows, faults):
+            for what in whats: yield _of(r, what)
 
 # %% ../../nbs/0_ground/07_check.ipynb #df404ad6
 def check_manifest(
@@ -48,28 +137,17 @@ def check_manifest(
     progress:bool=False, # show a bar
 )->pd.DataFrame: # columns split, image_id, where, problem; no row: the dataset is sound
     "Everything that is wrong with a dataset, by row."
-    missing = [c for c in COLUMNS if c not in df.columns]
-    if missing: raise ValueError(f'df: a manifest has columns {", ".join(COLUMNS)}; {", ".join(missing)} missing')
+    missing = ', '.join(c for c in COLUMNS if c not in df.columns)
+    if missing:
+        raise ValueError(f'df: a manifest has columns {", ".join(COLUMNS)}; {missing} missing')
     found = list(df.attrs.get('problems', []))
-    known = {(p[0], p[1]) for p in found}
+    told = {(split, image_id) for split, image_id, *_ in found}
     rows = list(df.itertuples())
-    say = lambda r, what: found.append((r.split, r.image_id, f'{r.split} {r.image_id}', what))
-    for r in rows:
-        for what in _check_row(r):
-            if r.label >= 0 or (r.split, r.image_id) not in known: say(r, what)
-    every = labels_of(df)
-    classes = {l for ls in every[df.split == train] for l in ls}
-    for s, part in every[df.label >= 0].groupby(df.split, sort=False):
-        if (new := sorted({l for ls in part for l in ls} - classes)) and classes: found.append((s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'))
-    for r in df[df.duplicated(['split', 'image_id'])].itertuples(): say(r, f'{r.image_id!r} stands twice in {r.split!r}')
-    tested = set(df.image_id[df.split == test])
-    for s, part in df[df.split != test].groupby('split', sort=False):
-        for i in sorted(tested & set(part.image_id)): found.append((test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'))
-    if images:
-        with ThreadPoolExecutor(4) as pool:
-            faults = pool.map(lambda r: list(_check_files(r)), rows)
-            for r, whats in zip(rows, progress_bar(faults, total=len(rows), leave=False) if progress else faults):
-                for what in whats: say(r, what)
+    found += _faults_of_rows(rows, told)
+    found += _new_classes(df, train)
+    found += _repeated(df)
+    found += _shared(df, test)
+    if images: found += _faults_of_images(rows, progress)
     return problem_table(found)
 
 # %% ../../nbs/0_ground/07_check.ipynb #b07829fc

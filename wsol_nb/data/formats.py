@@ -12,42 +12,106 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .manifest import SUFFIXES
-from .metadata import new_manifest
+from ..core import expect
+from .manifest import SUFFIXES, new_manifest
 
 # %% ../../nbs/0_ground/05_formats.ipynb #a3851a5d
+def _shots(file):
+    "The shots of `ranges_<class>.mat`: (first frame, last frame, video) each."
+    from scipy.io import loadmat
+    spans = loadmat(file).get('ranges', np.zeros(0))
+    if spans.ndim == 2 and len(spans) == 3: return spans.astype(int).T
+    raise ValueError(f'{file}: expected a 3 x shots array `ranges` of first frame, last frame '
+                     f'and video, got shape {spans.shape}')
+
+# %% ../../nbs/0_ground/05_formats.ipynb #6af4e299
+def _links(file, root, out):
+    "`{link: frame}` of the class of a file of ranges."
+    name, links = file.stem.removeprefix('ranges_'), {}
+    for shot, (first, last, video) in enumerate(_shots(file)):
+        folder = out/name/f'video-{video:04d}'/f'shot-{shot:06d}'
+        for n in range(first, last + 1): links[folder/f'{n:08d}.jpg'] = root/name/f'{n:08d}.jpg'
+    return links
+
+# %% ../../nbs/0_ground/05_formats.ipynb #63fd1058
+def _link(frame, link):
+    "A hard link, or a symbolic one where `link` is on another disk."
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists(): return
+    try: os.link(frame, link)
+    except OSError: link.symlink_to(frame.resolve())
+
+# %% ../../nbs/0_ground/05_formats.ipynb #5c4ad395
 def link_shots(
-    root, # YouTube-Objects v2.2 as distributed: <class>/<frame>.jpg and Ranges/ranges_<class>.mat
+    root, # YouTube-Objects v2.2 as distributed: <class>/<frame>.jpg, Ranges/ranges_<class>.mat
     out, # where <class>/video-0001/shot-000000/<frame>.jpg go, e.g. <root>/YouTube-Objects-v2.2
 )->int: # how many frames
     "Give the frames of YouTube-Objects v2.2 the paths of the published splits, by links."
-    from scipy.io import loadmat
-    root, links, ranges = Path(root), {}, sorted(Path(root).glob('Ranges/ranges_*.mat'))
-    if not ranges: raise ValueError(f'root={str(root)!r}: expected Ranges/ranges_<class>.mat, found none')
-    for file in ranges:
-        spans, name = loadmat(file).get('ranges', np.zeros(0)), file.stem.removeprefix('ranges_')
-        if spans.ndim != 2 or len(spans) != 3: raise ValueError(f'{file}: expected a 3 x shots array `ranges` of first frame, last frame and video, got shape {spans.shape}')
-        for shot, (first, last, video) in enumerate(spans.astype(int).T):
-            for n in range(first, last + 1): links[Path(out)/name/f'video-{video:04d}'/f'shot-{shot:06d}'/f'{n:08d}.jpg'] = root/name/f'{n:08d}.jpg'
+    root, links = Path(root), {}
+    ranges = sorted(root.glob('Ranges/ranges_*.mat'))
+    expect(ranges, 'root', str(root), 'a folder with Ranges/ranges_<class>.mat')
+    for file in ranges: links |= _links(file, root, Path(out))
     lost = [f for f in links.values() if not f.is_file()]
-    if lost: raise ValueError(f'root: {len(lost)} of {len(links)} frames are missing, {lost[0]} first')
-    for link, frame in links.items():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if link.exists(): continue
-        try: os.link(frame, link)
-        except OSError: link.symlink_to(frame.resolve()) # another disk
+    if lost:
+        raise ValueError(f'root: {len(lost)} of {len(links)} frames are missing, {lost[0]} first')
+    for link, frame in links.items(): _link(frame, link)
     return len(links)
 
 # %% ../../nbs/0_ground/05_formats.ipynb #3ecacc38
-_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val', test='test', testing='test')
-
 def _random_splits(ids, valid_pct, test_pct, seed):
-    "Split names of one class's images by a hash of seed and id, so that a new image moves no other; one at least trains, two or more give 'val' one."
+    "Split names of one class's images; one at least trains, and of two or more one is 'val'."
     u = np.array([zlib.crc32(f'{seed}/{i}'.encode())/2**32 for i in ids])
-    names = np.select([u < valid_pct, u < valid_pct + test_pct], ['val', 'test'], 'train').astype(object)
+    names = np.select([u < valid_pct, u < valid_pct + test_pct], ['val', 'test'], 'train')
+    names = names.astype(object)
     if len(ids) > 1 and not (names == 'val').any(): names[u.argmin()] = 'val'
     if not (names == 'train').any(): names[u.argmax()] = 'train'
     return names
+
+# %% ../../nbs/0_ground/05_formats.ipynb #6a313e0c
+_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
+               test='test', testing='test')
+
+def _image_files(root):
+    "The images below a folder, as paths from it; what is hidden is left out."
+    files = (f.relative_to(root) for f in root.rglob('*') if f.suffix.lower() in SUFFIXES)
+    return sorted(f for f in files if not any(part.startswith('.') for part in f.parts))
+
+# %% ../../nbs/0_ground/05_formats.ipynb #6a360d32
+def _is_split(files, root):
+    "Whether the folders at the top are splits; an error where only some look like it."
+    deep = {f.parts[0] for f in files if len(f.parts) > 2}
+    tops = sorted(top for top in deep if top.lower() in _SPLITS)
+    odd = sorted({f.parts[0] for f in files}.difference(tops))
+    trains = any(_SPLITS[top.lower()] == 'train' for top in tops)
+    if trains and odd:
+        raise ValueError(f'root={str(root)!r}: {", ".join(tops)} look like splits, '
+                         f'but what is {", ".join(odd[:3])} beside them?')
+    return bool(tops) and not odd
+
+# %% ../../nbs/0_ground/05_formats.ipynb #52723d2d
+def _check_folder(root, valid_pct, test_pct):
+    "Refuses what is no folder, and shares that are none."
+    expect(root.is_dir(), 'root', str(root), 'a folder')
+    shares = 0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct + test_pct < 1
+    expect(shares, 'valid_pct, test_pct', (valid_pct, test_pct), 'shares with a sum below 1')
+
+def _check_files(root, files):
+    "Refuses a folder without an image, or with one in no class folder."
+    expect(files, 'root', str(root), '<class>/<image>, found no image')
+    loose = [f for f in files if len(f.parts) < 2]
+    if loose:
+        raise ValueError(f'root={str(root)!r}: expected <class>/<image>, found {len(loose)} images '
+                         f'in no class folder, {loose[0]} first')
+
+# %% ../../nbs/0_ground/05_formats.ipynb #4bc92220
+def _divide(files, classes, valid_pct, test_pct, seed):
+    "The split of each image, class by class at random."
+    splits, classes = np.empty(len(files), dtype=object), np.array(classes)
+    for c in np.unique(classes):
+        at, = np.nonzero(classes == c)
+        ids = [files[i].as_posix() for i in at]
+        splits[at] = _random_splits(ids, valid_pct, test_pct, seed)
+    return splits
 
 # %% ../../nbs/0_ground/05_formats.ipynb #c574b8ea
 def folder_manifest(
@@ -58,21 +122,17 @@ def folder_manifest(
 )->pd.DataFrame: # a manifest without boxes; labels are the positions of the sorted class names
     "A manifest of a folder of images, a sub-folder a class."
     root = Path(root)
-    if not root.is_dir(): raise ValueError(f'root={str(root)!r} is not a folder')
-    if not (0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct + test_pct < 1): raise ValueError(f'valid_pct={valid_pct}, test_pct={test_pct}: expected shares with a sum below 1')
-    files = sorted(f.relative_to(root) for f in root.rglob('*') if f.suffix.lower() in SUFFIXES and not any(p.startswith('.') for p in f.relative_to(root).parts))
-    tops = {f.parts[0] for f in files if len(f.parts) > 2 and f.parts[0].lower() in _SPLITS}
-    odd = sorted({f.parts[0] for f in files} - tops)
-    if {'train', 'training'} & {t.lower() for t in tops} and odd: raise ValueError(f'root={str(root)!r}: {", ".join(sorted(tops))} look like splits, but what is {", ".join(odd[:3])} beside them?')
-    split = bool(tops) and not odd
-    loose = [f for f in files if len(f.parts) < 2]
-    if not files or loose: raise ValueError(f'root={str(root)!r}: expected <class>/<image>, found {f"{len(loose)} images in no class folder, {loose[0]} first" if loose else "no image"}')
+    _check_folder(root, valid_pct, test_pct)
+    files = _image_files(root)
+    split = _is_split(files, root)
+    _check_files(root, files)
     classes = [f.parts[split] for f in files]
     names = sorted(set(classes))
     if split: splits = [_SPLITS[f.parts[0].lower()] for f in files]
-    else:
-        splits = np.empty(len(files), dtype=object)
-        for c in names: at = np.nonzero(np.array(classes) == c)[0]; splits[at] = _random_splits([files[i].as_posix() for i in at], valid_pct, test_pct, seed)
-    rows = [dict(image_id=f.as_posix(), path=str(root/f), split=s, width=0, height=0, labels=(names.index(c),), mask=(), ignore='',
-                 boxes=np.zeros((0, 4), np.int64)) for f, c, s in zip(files, classes, splits)]
+    else: splits = _divide(files, classes, valid_pct, test_pct, seed)
+    def row(file, name, split):
+        return dict(image_id=file.as_posix(), path=str(root/file), split=split, width=0, height=0,
+                    labels=(names.index(name),), boxes=np.zeros((0, 4), np.int64),
+                    mask=(), ignore='')
+    rows = [row(*of_one) for of_one in zip(files, classes, splits)]
     return new_manifest(rows, dict(enumerate(names)))

@@ -13,7 +13,22 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import BadImage, check_boxes, check_score_map, resize_boxes, whole_file
+from ..core import BadImage, check_boxes, check_score_map, expect, resize_boxes, whole_file
+
+# %% ../../nbs/0_ground/06_stores.ipynb #e2eb5a28
+def _instance(file, size):
+    "Where a mask file is above 0: (H,W) bool, resized to `size` (W,H) unless that is None."
+    try:
+        with Image.open(file) as img: arr = np.asarray(img) # a palette image stays its indices
+    except Exception as e:
+        what = f'no such mask, or it cannot be read ({type(e).__name__})'
+        raise BadImage(f'{file}: {what}') from None
+    if arr.ndim == 3:
+        colours = 1 if arr.shape[2] == 2 else 3 # alpha is no mask
+        arr = arr[..., :colours].max(2)
+    if arr.dtype.kind != 'f': arr = arr.astype(np.int32)
+    if size is not None: arr = cv2.resize(arr, tuple(size), interpolation=cv2.INTER_NEAREST)
+    return arr > 0
 
 # %% ../../nbs/0_ground/06_stores.ipynb #fd74f77f
 def read_mask(
@@ -22,23 +37,30 @@ def read_mask(
     size=None, # (W,H) to resize to; None: as stored
 )->np.ndarray: # (H,W) uint8: 0 background, 1 foreground, 255 ignore
     "The foreground mask of an image from its instance files, as in the reference protocol."
-    def load(file):
-        try:
-            with Image.open(file) as img: arr = np.asarray(img) # a palette image stays its indices
-        except Exception as e: raise BadImage(f'{file}: no such mask, or it cannot be read ({type(e).__name__})') from None
-        if arr.ndim == 3: arr = arr[..., :1 if arr.shape[2] == 2 else 3].max(2) # alpha is no mask
-        arr = arr.astype(np.int32) if arr.dtype.kind != 'f' else arr
-        return (arr if size is None else cv2.resize(arr, tuple(size), interpolation=cv2.INTER_NEAREST)) > 0
     if not len(masks): raise ValueError('masks: this image has no mask file')
-    found = [load(m) for m in masks if m]
-    unsure = load(ignore) if ignore else None
-    if not found and unsure is None and size is None: raise ValueError('size: expected (W,H), for an image without foreground has no file that tells it')
-    shape = (size[1], size[0]) if size is not None else (found or [unsure])[0].shape
+    found = [_instance(m, size) for m in masks if m]
+    unsure = _instance(ignore, size) if ignore else None
+    if size is not None: shape = size[1], size[0]
+    elif found: shape = found[0].shape
+    elif ignore: shape = unsure.shape
+    else: raise ValueError('size: expected (W,H), for an image without foreground has no file '
+                           'that tells it')
     out = np.logical_or.reduce([np.zeros(shape, bool), *found]).astype(np.uint8)
     if ignore: out[unsure & (out == 0)] = 255
     return out
 
 # %% ../../nbs/0_ground/06_stores.ipynb #6107990a
+def _grid_boxes(r, size, first_box):
+    "The boxes of a manifest's row on the grid, or an error that names the image."
+    if len(r.boxes) and not r.width:
+        raise ValueError(f'{r.image_id}: has boxes, but the size of its original image '
+                         'is not known (image_sizes.txt)')
+    check_boxes(r.boxes, (r.width, r.height), f'boxes of {r.image_id}')
+    if not len(r.boxes): return r.boxes
+    counted = r.boxes[:1] if first_box else r.boxes
+    return resize_boxes(counted, (r.width, r.height), (size, size))
+
+# %% ../../nbs/0_ground/06_stores.ipynb #066f3419
 class Truth:
     "Boxes and masks of a manifest's rows on the evaluation grid."
     def __init__(self,
@@ -47,21 +69,45 @@ class Truth:
         first_box:bool=False, # only the first true box of each image counts
     ):
         self.df, self.size = df.reset_index(drop=True), size
-        for r in self.df.itertuples():
-            if len(r.boxes) and not r.width: raise ValueError(f'{r.image_id}: has boxes, but the size of its original image is not known (image_sizes.txt)')
-            check_boxes(r.boxes, (r.width, r.height), f'boxes of {r.image_id}')
-        self.boxes = [resize_boxes(b[:1] if first_box else b, (w, h), (size, size)) if len(b) else b for b, w, h in zip(self.df.boxes, self.df.width, self.df.height)]
-        self.n_boxed, self.n_masked = (int(np.count_nonzero([len(o) for o in side])) for side in (self.boxes, self.df['mask']))
+        self.boxes = [_grid_boxes(r, size, first_box) for r in self.df.itertuples()]
+        self.n_boxed = sum(len(b) > 0 for b in self.boxes)
+        self.n_masked = sum(len(m) > 0 for m in self.df['mask'])
 
     def __len__(self): return len(self.df)
 
     def mask(self, i)->np.ndarray: # (size,size) uint8, or None
         "The mask of image `i`: 0, 1, 255 ignored; None where it has none."
         masks = self.df['mask'][i]
-        return read_mask(masks, self.df['ignore'][i], (self.size, self.size)) if len(masks) else None
+        if not len(masks): return None
+        return read_mask(masks, self.df['ignore'][i], (self.size, self.size))
 
 # %% ../../nbs/0_ground/06_stores.ipynb #66d6ec93
 def _array(a): return np.asarray(a.cpu() if hasattr(a, 'cpu') else a)
+
+def _stored_array(file, image_id):
+    "The numbers in a .npy file, or an error that names the image and the file."
+    try: a = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f'map of {image_id}: {file} cannot be read as an array ({e})') from None
+    if a.dtype.kind in 'fiub': return a
+    raise ValueError(f'map of {image_id}: expected numbers, got an array of {a.dtype}')
+
+# %% ../../nbs/0_ground/06_stores.ipynb #f9189a9c
+def _file_of(image_id):
+    "The file of an image's map, from the root of its store."
+    path = Path(str(image_id))
+    inside = not path.is_absolute() and '..' not in path.parts
+    expect(inside, 'image_id', str(image_id), 'a relative path without ..')
+    return path.parent/f'{path.name}.npy'
+
+def _write(file, array):
+    with whole_file(file) as part, open(part, 'wb') as f: np.save(f, array)
+
+def _read(store, image_id):
+    "What a store has of an image; an error where it has nothing."
+    file = store.find(image_id)
+    if file is None: raise ValueError(f'no stored map for {image_id!r} in {store.root}')
+    return _stored_array(file, image_id)
 
 # %% ../../nbs/0_ground/06_stores.ipynb #28476ec6
 class MapStore:
@@ -72,48 +118,42 @@ class MapStore:
 
     def path(self, image_id):
         "Where the map of an image is written."
-        p = Path(str(image_id))
-        if p.is_absolute() or '..' in p.parts: raise ValueError(f'image_id={str(image_id)!r}: expected a relative path without ..')
-        return self.root/p.parent/f'{p.name}.npy'
+        return self.root/_file_of(image_id)
 
     def find(self, image_id):
         "The file of an image's map, or None; the id's suffix may be missing in its name."
-        p = self.path(image_id)
-        return next((f for f in (p, p.with_name(f'{Path(image_id).stem}.npy')) if f.is_file()), None)
+        file = self.path(image_id)
+        files = file, file.with_name(f'{Path(image_id).stem}.npy')
+        return next((f for f in files if f.is_file()), None)
 
     def __contains__(self, image_id): return self.find(image_id) is not None
 
     def save(self, image_id, score_map, dtype=np.float32):
         "Write a map; it appears whole or not at all. float64 keeps every digit of a score."
-        self._write(image_id, check_score_map(_array(score_map), name=f'map of {image_id}').astype(dtype))
-
-    def _write(self, image_id, array):
-        with whole_file(self.path(image_id)) as part, open(part, 'wb') as f: np.save(f, array)
-
-    def _read(self, image_id):
-        f = self.find(image_id)
-        if f is None: raise ValueError(f'no stored map for {image_id!r} in {self.root}')
-        try: s = np.load(f, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e: raise ValueError(f'map of {image_id}: {f} cannot be read as an array ({e})') from None
-        if s.dtype.kind not in 'fiub': raise ValueError(f'map of {image_id}: expected numbers, got an array of {s.dtype}')
-        return s
+        score_map = check_score_map(_array(score_map), name=f'map of {image_id}')
+        _write(self.path(image_id), score_map.astype(dtype))
 
     def load(self, image_id)->np.ndarray: # (H,W) float32, or float64 where it was written so
         "Read a map; also found under the id without its suffix."
-        s = self._read(image_id)
-        return check_score_map(s, name=f'map of {image_id}').astype(np.float64 if s.dtype == np.float64 else np.float32)
+        a = _read(self, image_id)
+        dtype = np.float64 if a.dtype == np.float64 else np.float32
+        return check_score_map(a, name=f'map of {image_id}').astype(dtype)
 
 # %% ../../nbs/0_ground/06_stores.ipynb #05effd11
 class LabelStore(MapStore):
-    "Pixel labels on disk, in the same layout: uint8 (H,W), a class or 255 for ignored. Points, scribbles, or seeds that stay."
+    "Pixel labels on disk, in the same layout: uint8 (H,W), a class or 255 for ignored."
     def save(self, image_id, labels):
         "Write the labels of an image; they appear whole or not at all."
         a = _array(labels)
-        if a.ndim != 2 or a.dtype.kind not in 'iub' or a.size == 0 or a.min() < 0 or a.max() > 255: raise ValueError(f'labels of {image_id}: expected whole numbers 0 to 255 of shape (H,W), got {a.dtype} {a.shape}')
-        self._write(image_id, a.astype(np.uint8))
+        whole = a.ndim == 2 and a.dtype.kind in 'iub' and a.size > 0
+        if not whole or a.min() < 0 or a.max() > 255:
+            raise ValueError(f'labels of {image_id}: expected whole numbers 0 to 255 '
+                             f'of shape (H,W), got {a.dtype} {a.shape}')
+        _write(self.path(image_id), a.astype(np.uint8))
 
     def load(self, image_id)->np.ndarray: # (H,W) uint8
         "Read the labels of an image."
-        a = self._read(image_id)
-        if a.dtype != np.uint8 or a.ndim != 2: raise ValueError(f'labels of {image_id}: expected uint8 of shape (H,W), got {a.dtype} {a.shape}')
-        return a
+        a = _read(self, image_id)
+        if a.ndim == 2 and a.dtype == np.uint8: return a
+        raise ValueError(f'labels of {image_id}: expected uint8 of shape (H,W), '
+                         f'got {a.dtype} {a.shape}')
