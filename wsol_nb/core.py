@@ -44,7 +44,7 @@ def _as_jpeg(figure):
     from IPython.core.pylabtools import print_figure
     if not _is_picture(figure): return None
     dpi = PIXELS/figure.get_figwidth()
-    return print_figure(figure, 'jpeg', dpi=dpi, pil_kwargs=dict(quality=80)), dict(width=PIXELS//2)
+    return print_figure(figure, 'jpeg', dpi=dpi, pil_kwargs=dict(quality=65)), dict(width=PIXELS//2)
 
 def _as_svg(figure):
     from IPython.core.pylabtools import print_figure
