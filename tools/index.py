@@ -9,7 +9,6 @@ import pprint
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-KINDS = ('localizer', 'method', 'head', 'world', 'command')
 # functions and classes of everyday, beside everything that is registered
 DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'Head', 'load_run', 'save_run',
         'score_run', 'LocalizationInterpretation', 'Report', 'Scorer', 'MapStore', 'LabelStore',
@@ -17,6 +16,16 @@ DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'H
         'write_maps', 'localize_all', 'wsol_model', 'load_body', 'sample_seeds', 'peak_responses',
         'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam',
         'adamw', 'fit_run', 'run_grid', 'read_results']
+
+
+def kinds():
+    "`KINDS` of the registry, read and not imported."
+    tree = ast.parse((root/'wsol_nb/registry.py').read_text(encoding='utf-8'))
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    return next(ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == 'KINDS')
+
+
+KINDS = kinds()
 
 
 def registered(tree):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+INDEX = root/'nbs/index.ipynb'
 
 
 LINK = re.compile(r'\]\((?!https?:|#|/)([^)]+\.(?:jpg|png|svg|ipynb))\)') # to a file beside the index
@@ -32,14 +33,29 @@ def cell_to_md(cell):
     return '\n\n'.join(filter(None, [shown, *map(as_text, cell.get('outputs', []))]))
 
 
+def fill_tables():
+    "Store today's tables of the registry in the index: a new method is no edit there."
+    from wsol_nb.registry import as_table
+    nb = json.loads(INDEX.read_text(encoding='utf-8'))
+    for cell in nb['cells']:
+        asked = re.search(r"^Markdown\(as_table\((.*)\)\)$", ''.join(cell['source']), flags=re.M)
+        if not asked: continue
+        table = as_table(*re.findall(r"'(\w+)'", asked[1]))
+        data = {'text/markdown': table.splitlines(True), 'text/plain': ['<IPython.core.display.Markdown object>']}
+        cell['outputs'] = [dict(data=data, execution_count=None, metadata={}, output_type='execute_result')]
+    INDEX.write_text(json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+
+
 def render():
-    cells = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads(INDEX.read_text(encoding='utf-8'))['cells']
     head = '<!-- made from nbs/index.ipynb by tools/readme.py: edit the notebook -->'
     text = '\n\n'.join([head, *filter(None, map(cell_to_md, cells))]) + '\n'
     return text.replace('\n```\n\n``` python\n', '\n\n') # code cells in a row are one block
 
 
-def write(): (root/'README.md').write_text(render(), encoding='utf-8')
+def write():
+    fill_tables()
+    (root/'README.md').write_text(render(), encoding='utf-8')
 
 
 if __name__ == '__main__': write()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Entry', 'entries', 'register', 'localizer', 'method', 'head', 'world', 'did_you_mean', 'find', 'name_of',
-           'import_file', 'at_the_door', 'open_door']
+           'import_file', 'as_table', 'at_the_door', 'open_door']
 
 # %% ../nbs/0_ground/01_registry.ipynb #195814c9
 import difflib, importlib, importlib.util, sys
@@ -167,6 +167,18 @@ def import_file(
     if not known: return _run_file(path)
     if Path(getattr(known, '__file__', None) or '').resolve() == path.resolve(): return known
     raise ValueError(f'import: {path} has the name of a module that is imported; rename the file')
+
+# %% ../nbs/0_ground/01_registry.ipynb #0778c2ab
+def as_table(
+    kind:str, # one of `KINDS`
+    *facts, # what else to show, as the decorators name it: 'needs', 'passes', 'stages', …
+)->str: # markdown
+    "All that is registered of a kind: name, what it is, and a column for each of the facts."
+    head = (kind, 'what it is', *facts)
+    rows = [(f'`{e.name}`', e.doc, *(e.facts.get(f, '') for f in facts))
+            for e in entries(kind).values()]
+    lines = [head, ('---',)*len(head), *rows]
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 # %% ../nbs/0_ground/01_registry.ipynb #79f220e7
 def at_the_door()->dict: # {name: module}
