@@ -12,7 +12,7 @@ def test_the_ten_lines(tmp_path, monkeypatch, capsys):
     matplotlib.use('agg')
     monkeypatch.chdir(tmp_path)
     cells = [''.join(c['source']) for c in json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-    code = '\n'.join(c for c in cells if not re.search(r'^#\|\s*hide', c, flags=re.M))
+    code = '\n'.join(c for c in cells if not re.search(r'^#\|\s*(hide|echo: false)', c, flags=re.M))
     assert code.count('fit_one_cycle(15, ') == 1
     names = {}
     exec(code.replace('fit_one_cycle(15, ', 'fit_one_cycle(1, '), names)

@@ -41,7 +41,8 @@ def fill_tables():
         asked = re.search(r"^Markdown\(as_table\((.*)\)\)$", ''.join(cell['source']), flags=re.M)
         if not asked: continue
         table = as_table(*re.findall(r"'(\w+)'", asked[1]))
-        data = {'text/markdown': table.splitlines(True), 'text/plain': ['<IPython.core.display.Markdown object>']}
+        shown = '<IPython.core.display.Markdown object>'
+        data = {'text/markdown': table.splitlines(True), 'text/plain': [shown]}
         cell['outputs'] = [dict(data=data, execution_count=None, metadata={}, output_type='execute_result')]
     INDEX.write_text(json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + '\n', encoding='utf-8')
 

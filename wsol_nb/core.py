@@ -62,7 +62,8 @@ def notebook_defaults(
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_seed(seed)
     mpl.rcParams.update({'figure.figsize': (WIDTH, 2.5), 'font.size': 10, 'axes.grid': False})
-    mpl.rcParams['svg.hashsalt'] = 'wsol_nb' # the same figure is the same file
+    # the same figure is the same file, and its text stays text
+    mpl.rcParams.update({'svg.hashsalt': 'wsol_nb', 'svg.fonttype': 'none'})
     if get_ipython() is None: return
     set_matplotlib_formats() # no format of its own
     formats = get_ipython().display_formatter.formatters
