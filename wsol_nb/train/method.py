@@ -94,7 +94,7 @@ def _check_fields(method):
 # %% ../../nbs/2_training/05_method.ipynb #464621e5
 @dataclass
 class Method(_Hooks):
-    "How a model is made, trained and asked where; fields are hyper-parameters, a paper overrides."
+    "How one trains and asks where. Fields are hyper-parameters; override what a paper changes."
     Head = GAPHead # class of the head; a field that is named like one of its parameters goes to it
     # how `wsol_train` trains it, unless told otherwise
     recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10,
