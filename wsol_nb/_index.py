@@ -22,8 +22,7 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                           'Attention pooling of features as instances of a bag (Ilse et al. 2018).',
                           {'paper': 'Ilse et al., ICML 2018'}),
           'GAPHead': ('wsol_nb.nets.heads',
-                      'Global average pooling of class maps: the CAM classifier (Lin et al. 2013, Zhou et '
-                      "al. 2016). The base's mean, by name.",
+                      'Global average pooling: the CAM classifier (Lin et al. 2013, Zhou et al. 2016).',
                       {'paper': 'Zhou et al., CVPR 2016'}),
           'GeMHead': ('wsol_nb.nets.heads',
                       'Generalized mean of features, then a linear classifier (Radenović et al. 2018).',
@@ -38,13 +37,12 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                       'Peak stimulation: the mean of the local maxima of class maps (Zhou et al. 2018).',
                       {'paper': 'Zhou et al., CVPR 2018'}),
           'SPNHead': ('wsol_nb.nets.heads',
-                      'Soft proposal network: class maps of features weighted by a proposal of where objects '
-                      'are (Zhu et al. 2017).',
+                      'Soft proposal network: features weighted by where objects may be (Zhu et al. 2017).',
                       {'paper': 'Zhu et al., ICCV 2017'}),
           'TopKHead': ('wsol_nb.nets.heads', 'The mean of the highest cells of class maps.', {}),
           'WILDCATHead': ('wsol_nb.nets.heads',
-                          'Highest and lowest cells of class maps that are averages of several modalities '
-                          '(Durand et al. 2017).',
+                          'Highest and lowest cells of class maps, averages of several modalities (Durand et '
+                          'al. 2017).',
                           {'paper': 'Durand et al., CVPR 2017'})},
  'localizer': {'AblationCAM': ('wsol_nb.cam.score',
                                'Channels weighted by how much the score falls without them (Desai & '

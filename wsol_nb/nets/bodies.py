@@ -7,29 +7,36 @@ __all__ = ['make_body', 'load_body']
 
 # %% ../../nbs/2_training/01_bodies.ipynb #de124119
 import math, re
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import env_folder
+from ..core import env_folder, expect
 from ..registry import did_you_mean
 import timm
 
-# %% ../../nbs/2_training/01_bodies.ipynb #2bcd4410
+# %% ../../nbs/2_training/01_bodies.ipynb #c3de9d53
 def _blank(body, side=128):
+    "A black image, in the type and at the place of the weights."
     p = next(body.parameters())
     return torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
 
+def _halves(m):
+    "Whether a module halves the resolution."
+    if not isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)): return False
+    return (max(m.stride) if isinstance(m.stride, tuple) else m.stride) == 2
+
+# %% ../../nbs/2_training/01_bodies.ipynb #3212adb0
 def _observe(body, side=128):
-    "Features of a blank image, the modules that ran, and the input height of each module with stride 2."
-    ran, halving, hooks = set(), {}, []
+    "Features of a blank image, the modules that ran, and the input height of each that halves."
+    ran, halving = set(), {}
     def note(m, args):
         ran.add(m)
-        stride = getattr(m, 'stride', 1)
-        if isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and (max(stride) if isinstance(stride, tuple) else stride) == 2: halving.setdefault(m, args[0].shape[-2])
-    for m in body.modules(): hooks.append(m.register_forward_pre_hook(note))
+        if _halves(m): halving.setdefault(m, args[0].shape[-2])
+    hooks = [m.register_forward_pre_hook(note) for m in body.modules()]
     training = body.training
     try:
         with torch.no_grad(): features = body.eval().forward_features(_blank(body, side))
@@ -38,37 +45,65 @@ def _observe(body, side=128):
         body.train(training)
     return features, ran, halving
 
+# %% ../../nbs/2_training/01_bodies.ipynb #331bf718
+def _is_pool2(m):
+    "A 2×2 pooling: at stride 1 it would shrink the map by a pixel."
+    return not isinstance(m, nn.Conv2d) and m.kernel_size in (2, (2, 2))
+
 def _unstride(body, stride, side=128):
     "Set to 1 the stride of every module that would go beyond `stride`; a 2x2 pooling is dropped."
     _, _, halving = _observe(body, side)
-    late = {m for m, h in halving.items() if round(side/h) >= stride}
+    late = {m for m, height in halving.items() if round(side/height) >= stride}
     for m in late:
         if isinstance(m, nn.Conv2d): m.stride = (1, 1)
-        elif m.kernel_size not in (2, (2, 2)): m.stride = 1
+        elif not _is_pool2(m): m.stride = 1
     for parent in list(body.modules()):
         for name, m in list(parent.named_children()):
-            if m in late and not isinstance(m, nn.Conv2d) and m.kernel_size in (2, (2, 2)): setattr(parent, name, nn.Identity())
+            if m in late and _is_pool2(m): setattr(parent, name, nn.Identity())
 
+# %% ../../nbs/2_training/01_bodies.ipynb #d0c1b745
 def _stride_of(body, features, side=128):
     "The feature stride; from two image sizes where valid padding (Inception) makes one mislead."
     stride = side/features.shape[-1]
     if stride > 40: stride = side/(_observe(body, 2*side)[0].shape[-1] - features.shape[-1])
     return 2**round(math.log2(stride))
 
-# %% ../../nbs/2_training/01_bodies.ipynb #d1c436ce
-REFERENCE = dict(wsol_vgg16='vgg16', wsol_resnet50='resnet50', wsol_inception_v3='inception_v3')
+# %% ../../nbs/2_training/01_bodies.ipynb #967edfcd
+REFERENCE = dict(
+    wsol_vgg16='vgg16', wsol_resnet50='resnet50', wsol_inception_v3='inception_v3')
 
+def _conv3x3(k, init):
+    "A new 3×3 convolution from `k` to 1024 channels."
+    conv = nn.Conv2d(k, 1024, 3, padding=1)
+    init(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+def extra_layer(arch):
+    "The new layers of a reference net, and how many features they give; None where there are none."
+    kaiming, xavier = nn.init.kaiming_normal_, nn.init.xavier_uniform_
+    if arch == 'wsol_vgg16': return nn.Sequential(_conv3x3(512, kaiming), nn.ReLU()), 1024
+    if arch != 'wsol_inception_v3': return None, None
+    first = nn.Dropout(.5), _conv3x3(768, xavier), nn.ReLU()
+    second = nn.Dropout(.5), _conv3x3(1024, xavier), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Dropout(.5)), 1024
+
+# %% ../../nbs/2_training/01_bodies.ipynb #5c6663b0
 class _Mixed6a(nn.Module):
     "Inception's reduction block, padded, at any stride; its parts keep their names and weights."
     def __init__(self, block, stride):
         super().__init__()
         for name, m in block.named_children(): self.add_module(name, m)
         self.stride = stride
-        for m in (self.branch3x3, self.branch3x3dbl_3): m.conv.stride, m.conv.padding = (stride, stride), (1, 1)
+        for m in (self.branch3x3, self.branch3x3dbl_3):
+            m.conv.stride, m.conv.padding = (stride, stride), (1, 1)
 
     def forward(self, x):
-        return torch.cat([self.branch3x3(x), self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), F.max_pool2d(x, 3, self.stride, 1)], 1)
+        one = self.branch3x3(x)
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([one, double, F.max_pool2d(x, 3, self.stride, 1)], 1)
 
+# %% ../../nbs/2_training/01_bodies.ipynb #8ccdd4be
 def _pad_inception(body, stride):
     "Inception up to Mixed_6e with 28x28 or 14x14 features at 224."
     for m in (body.Conv2d_1a_3x3, body.Conv2d_2a_3x3, body.Conv2d_4a_3x3): m.conv.padding = (1, 1)
@@ -77,63 +112,120 @@ def _pad_inception(body, stride):
     for name in ('Mixed_7a', 'Mixed_7b', 'Mixed_7c'): setattr(body, name, nn.Identity())
     body.num_features = 768
 
-def extra_layer(arch):
-    "The new layers between body and head of a reference net, and how many features they give; None where there are none."
-    conv = lambda k, init: (c := nn.Conv2d(k, 1024, 3, padding=1), init(c.weight), nn.init.zeros_(c.bias))[0]
-    if arch == 'wsol_vgg16': return nn.Sequential(conv(512, nn.init.kaiming_normal_), nn.ReLU()), 1024
-    if arch != 'wsol_inception_v3': return None, None
-    parts = [(nn.Dropout(.5), conv(k, nn.init.xavier_uniform_), nn.ReLU()) for k in (768, 1024)]
-    return nn.Sequential(*(m for p in parts for m in p), nn.Dropout(.5)), 1024
+# %% ../../nbs/2_training/01_bodies.ipynb #5913983e
+def _check_known(arch):
+    "Refuse an architecture that timm does not have."
+    if arch.startswith('hf-hub:') or timm.is_model(arch.split('.')[0]): return
+    meant = did_you_mean(arch, [*REFERENCE, *timm.list_models()])
+    raise ValueError(f'arch={arch!r}: timm has no such model; {meant}')
 
-# %% ../../nbs/2_training/01_bodies.ipynb #3a62f347
+def _create(arch, stride):
+    "A timm model without classifier, and whether timm itself gave it `stride`."
+    make = partial(timm.create_model, arch, pretrained=False, num_classes=0, global_pool='')
+    if stride is None: return make(), False
+    try: return make(output_stride=stride), True
+    except (TypeError, AssertionError, NotImplementedError): return make(), False
+
+# %% ../../nbs/2_training/01_bodies.ipynb #2faf6159
+def _look(body, arch):
+    "Features of a body and the modules that made them; ValueError where it is no CNN."
+    try: features, ran, _ = _observe(body)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'arch={arch!r} does not take any image size, so it is no CNN ({e}); '
+                         'transformers are chapter 7') from None
+    k, shape = body.num_features, tuple(features.shape)
+    if len(shape) != 4 or (shape[1] != k and shape[-1] == k):
+        raise ValueError(f'arch={arch!r}: its features have shape {shape}; '
+                         'expected a CNN with (B,K,h,w); transformers are chapter 7')
+    return features, ran
+
+def _drop_idle(body, ran):
+    "Replace the parts that have weights and did not run."
+    for name, m in list(body.named_children()):
+        used = any(s in ran for s in m.modules())
+        if not used and list(m.parameters()): setattr(body, name, nn.Identity())
+
+# %% ../../nbs/2_training/01_bodies.ipynb #a499f9ec
+def _reach(body, stride, arch, dilated):
+    "Bring a body to `stride`, unless timm has tried to; ValueError where that cannot be."
+    own = body.stride
+    if not dilated: _unstride(body, stride)
+    try: body.stride = _stride_of(body, _observe(body)[0])
+    except RuntimeError: body.stride = None # branches that no longer fit
+    if body.stride != stride:
+        raise ValueError(f'stride={stride}: the layers of {arch} cannot be made to give it; '
+                         f'stride=None gives its own, {own}')
+
+# %% ../../nbs/2_training/01_bodies.ipynb #22206d16
 def make_body(
     arch:str, # a timm CNN, e.g. 'resnet50', or a reference net, e.g. 'wsol_resnet50'
     stride:int=None, # 8, 16 or 32; None: the architecture's own, 16 for a reference net
 )->nn.Module: # with `forward_features(x) -> (B,K,h,w)`; no weights loaded
-    "A timm CNN without its classifier at a feature stride; modules that features do not need are dropped."
+    "A timm CNN without its classifier at a stride; what its features do not need is dropped."
     reference, arch = arch if arch in REFERENCE else None, REFERENCE.get(arch, arch)
-    if not arch.startswith('hf-hub:') and not timm.is_model(arch.split('.')[0]): raise ValueError(f'arch={arch!r}: timm has no such model; {did_you_mean(arch, [*REFERENCE, *timm.list_models()])}')
-    if stride not in (None, 8, 16, 32): raise ValueError(f'stride={stride!r}: expected 8, 16, 32 or None')
-    if reference and stride == 32: raise ValueError(f'stride=32: {reference} has features at 16 or 8')
-    make = lambda **kw: timm.create_model(arch, pretrained=False, num_classes=0, global_pool='', **kw)
+    _check_known(arch)
+    expect(stride in (None, 8, 16, 32), 'stride', stride, '8, 16, 32 or None')
+    expect(not (reference and stride == 32), 'stride', stride, f'16 or 8 for {reference}')
     stride = stride or (16 if reference else None)
-    try: body, done = make(**({'output_stride': stride} if stride and not reference else {})), not reference
-    except (TypeError, AssertionError, NotImplementedError): body, done = make(), False
+    body, dilated = _create(arch, None if reference else stride)
     if reference == 'wsol_inception_v3': _pad_inception(body, stride)
-    try: features, ran, _ = _observe(body)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'arch={arch!r} does not take any image size, so it is no CNN ({e}); transformers are chapter 7') from None
-    if features.ndim != 4 or features.shape[1] != body.num_features and features.shape[-1] == body.num_features:
-        raise ValueError(f'arch={arch!r}: its features have shape {tuple(features.shape)}; expected a CNN with (B,K,h,w); transformers are chapter 7')
-    for name, m in list(body.named_children()):
-        if not any(s in ran for s in m.modules()) and sum(1 for _ in m.parameters()): setattr(body, name, nn.Identity())
+    features, ran = _look(body, arch)
+    _drop_idle(body, ran)
     body.width, body.late = features.shape[1], ['layer4'] if reference == 'wsol_resnet50' else []
-    body.stride = own = _stride_of(body, features)
-    if stride and stride != own:
-        if not done: _unstride(body, stride)
-        try: body.stride = _stride_of(body, _observe(body)[0])
-        except RuntimeError: body.stride = None # branches that no longer fit
-        if body.stride != stride: raise ValueError(f'stride={stride}: the layers of {arch} cannot be made to give it; stride=None gives its own, {own}')
+    body.stride = _stride_of(body, features)
+    if stride and stride != body.stride: _reach(body, stride, arch, dilated)
     return body
 
-# %% ../../nbs/2_training/01_bodies.ipynb #b18ce48e
+# %% ../../nbs/2_training/01_bodies.ipynb #79c3fc33
 def local_weights(arch):
     "The file for `arch` in WSOL_WEIGHTS, or None."
     folder = env_folder('WSOL_WEIGHTS')
     if folder is None: return None
-    files = sorted(f for f in folder.iterdir() if re.fullmatch(re.escape(arch) + r'([^A-Za-z0-9_].*)?\.(pth|pt|safetensors)', f.name))
-    if len(files) > 1: raise ValueError(f'pretrained=True: WSOL_WEIGHTS has several files for {arch}: {", ".join(f.name for f in files)}; name one')
+    named = re.compile(re.escape(arch) + r'([^A-Za-z0-9_].*)?\.(pth|pt|safetensors)')
+    files = sorted(f for f in folder.iterdir() if named.fullmatch(f.name))
+    if len(files) > 1:
+        raise ValueError(f'pretrained=True: WSOL_WEIGHTS has several files for {arch}: '
+                         f'{", ".join(f.name for f in files)}; name one')
     return files[0] if files else None
 
+# %% ../../nbs/2_training/01_bodies.ipynb #0a65e78b
+def _load_file(file):
+    "What a .pth (weights only, never a pickled object) or .safetensors file holds."
+    if file.suffix != '.safetensors':
+        return torch.load(file, map_location='cpu', weights_only=True)
+    from safetensors.torch import load_file
+    return load_file(file)
+
 def _read_state(file):
-    "A state dict from a .pth (weights only, never a pickled object) or .safetensors file."
+    "The state dict of a weights file, also where a training has wrapped it."
     try:
-        if file.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            state = load_file(file)
-        else: state = torch.load(file, map_location='cpu', weights_only=True)
-        state = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), state)
+        state = _load_file(file)
+        inner = [state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)]
+        state = inner[0] if inner else state
         return {k.removeprefix('module.'): v for k, v in state.items()}
-    except Exception as e: raise ValueError(f'pretrained={str(file)!r}: cannot be read as a state dict ({type(e).__name__})') from None
+    except Exception as e:
+        raise ValueError(f'pretrained={str(file)!r}: cannot be read as a state dict '
+                         f'({type(e).__name__})') from None
+
+# %% ../../nbs/2_training/01_bodies.ipynb #a534033c
+def _outside(body):
+    "Parts of the timm model that a body has not: its classifier, and what was dropped."
+    heads = getattr(body, 'default_cfg', {}).get('classifier') or ()
+    heads = [heads] if isinstance(heads, str) else heads
+    dropped = {n for n, m in body.named_children() if isinstance(m, nn.Identity)}
+    return dropped | {h.split('.')[0] for h in heads}
+
+def _faults(own, state, left):
+    "What keeps a file's `state` from being a body's `own`, in words."
+    # old files do not count batches
+    needed = [k for k in own if not k.endswith('num_batches_tracked')]
+    odd = [k for k in own if k in state and state[k].shape != own[k].shape]
+    found = {
+        'missing': [k for k in needed if k not in state],
+        'unknown': [k for k in state if k not in own and k not in left],
+        'of another shape': [f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in odd]}
+    some = lambda names: ', '.join(names[:3]) + (' …' if len(names) > 3 else '')
+    return [f'{len(names)} {kind} ({some(names)})' for kind, names in found.items() if names]
 
 # %% ../../nbs/2_training/01_bodies.ipynb #1134b094
 def load_body(
@@ -143,14 +235,9 @@ def load_body(
     "Load a timm state dict into a body, strictly; ValueError where the file does not fit."
     file = Path(file)
     if not file.is_file(): raise ValueError(f'pretrained={str(file)!r}: no such file')
-    state, own = _read_state(file), body.state_dict()
-    heads = getattr(body, 'default_cfg', {}).get('classifier') or ()
-    dropped = {n for n, m in body.named_children() if isinstance(m, nn.Identity)} | {h.split('.')[0] for h in ([heads] if isinstance(heads, str) else heads)}
-    left = [k for k in state if k not in own and k.split('.')[0] in dropped]
-    missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')] # old files have no such counter
-    strange = [k for k in state if k not in own and k not in left]
-    shapes = [f'{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in state and state[k].shape != own[k].shape]
-    faults = [f'{len(v)} {n} ({", ".join(v[:3])}{" …" if len(v) > 3 else ""})' for n, v in (('missing', missing), ('unknown', strange), ('of another shape', shapes)) if v]
-    if faults: raise ValueError(f'pretrained={str(file)!r}: the weights do not fit: {"; ".join(faults)}')
+    state, own, outside = _read_state(file), body.state_dict(), _outside(body)
+    left = [k for k in state if k not in own and k.split('.')[0] in outside]
+    faults = '; '.join(_faults(own, state, left))
+    if faults: raise ValueError(f'pretrained={str(file)!r}: the weights do not fit: {faults}')
     body.load_state_dict(own | {k: v for k, v in state.items() if k in own})
     return left

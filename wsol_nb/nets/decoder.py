@@ -12,31 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import expect
 from ..localize.base import HeadMaps, model_intact
 from .model import WSOLModel
 from ..registry import localizer
 
-# %% ../../nbs/2_training/04_decoder.ipynb #d952ff2f
+# %% ../../nbs/2_training/04_decoder.ipynb #01aad49f
+def _conv(k, width):
+    "A 3×3 convolution from `k` to `width` channels, normalised and rectified."
+    conv = nn.Conv2d(k, width, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
 class _Up(nn.Module):
     "One step up: features as large as the skip, beside it, through two convolutions."
     def __init__(self, coarse, skip, width):
         super().__init__()
-        conv = lambda k: nn.Sequential(nn.Conv2d(k, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        self.convs = nn.Sequential(conv(coarse + skip), conv(width))
+        self.convs = nn.Sequential(_conv(coarse + skip, width), _conv(width, width))
 
     def forward(self, x, skip):
-        if x.shape[-2:] != skip.shape[-2:]: x = F.interpolate(x, size=skip.shape[-2:], mode='nearest')
+        size = skip.shape[-2:]
+        if x.shape[-2:] != size: x = F.interpolate(x, size=size, mode='nearest')
         return self.convs(torch.cat([x, skip], 1))
 
+# %% ../../nbs/2_training/04_decoder.ipynb #d952ff2f
 class Decoder(nn.Module):
-    "Feature maps of an encoder, from fine to coarse, to two-channel logits (B,2,h,w) as large as the finest."
+    "Feature maps, from fine to coarse, to two-channel logits (B,2,h,w) as large as the finest."
     def __init__(self,
         channels:list, # of the feature maps, from fine to coarse
         widths:list, # of the steps up, coarsest first; one fewer than `channels`
     ):
         super().__init__()
-        if len(widths) != len(channels) - 1: raise ValueError(f'widths={list(widths)}: expected {len(channels) - 1} numbers, one for each step up through features of {list(channels)} channels')
-        self.ups = nn.ModuleList(_Up(c, s, w) for c, s, w in zip([channels[-1], *widths[:-1]], channels[-2::-1], widths))
+        wanted = (f'{len(channels) - 1} numbers, one for each step up through features '
+                  f'of {list(channels)} channels')
+        expect(len(widths) == len(channels) - 1, 'widths', list(widths), wanted)
+        coarse, skips = [channels[-1], *widths[:-1]], channels[-2::-1]
+        self.ups = nn.ModuleList(map(_Up, coarse, skips, widths))
         self.head = nn.Conv2d(widths[-1], 2, 3, padding=1)
 
     def forward(self, taps):
@@ -44,34 +54,34 @@ class Decoder(nn.Module):
         for up, skip in zip(self.ups, taps[-2::-1]): x = up(x, skip)
         return self.head(x)
 
-# %% ../../nbs/2_training/04_decoder.ipynb #33293934
-class Prediction(NamedTuple):
-    "What a `FullModel` answers in training."
-    logits: torch.Tensor # (B,C)
-    maps: torch.Tensor   # (B,C,h,w) class maps of the classifier
-    full: torch.Tensor   # (B,2,h,w) logits of the decoder; channel 1 is foreground
-
+# %% ../../nbs/2_training/04_decoder.ipynb #94797cd6
 def _choose_taps(classifier, side=64):
-    "Which intermediate features a decoder gets: those of a new layer, coarser than the image. Their indices, and the number of channels of each."
+    "Indices and channels of what a decoder gets: features of a new layer, coarser than the image."
     p = next(classifier.parameters())
     x = torch.zeros(1, 3, side, side, device=p.device, dtype=p.dtype)
     with model_intact(classifier), torch.no_grad(): _, taps = classifier.intermediates(x)
-    kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and (i == 0 or t is not taps[i - 1])]
+    new = lambda i: i == 0 or taps[i] is not taps[i - 1]
+    kept = [i for i, t in enumerate(taps) if t.shape[-1] < side and new(i)]
     return kept, [taps[i].shape[1] for i in kept]
 
+# %% ../../nbs/2_training/04_decoder.ipynb #9086f74f
+def _check_classifier(classifier):
+    "Refuse a model whose intermediate features cannot be had."
+    if not hasattr(getattr(classifier, 'body', None), 'forward_intermediates'):
+        raise TypeError('classifier: expected a WSOLModel on a timm CNN with '
+                        f'forward_intermediates, got {type(classifier).__name__}')
+
+def _resized(full, size):
+    "The decoder's logits at another size, bilinear."
+    return F.interpolate(full, size=size, mode='bilinear', align_corners=False)
+
 # %% ../../nbs/2_training/04_decoder.ipynb #e5564df0
-class FullModel(nn.Module):
-    "A classifier and a decoder on its feature maps. `forward` gives logits, in training a `Prediction`."
-    def __init__(self,
-        classifier:WSOLModel,
-        widths=(96, 64, 48, 32), # of the decoder, coarsest first; the last ones where the net has fewer steps
-        frozen:bool=True, # the classifier stays as it is, dropout and batch statistics included
-        loss_stride:int=2, # side of the image over that of the map that is trained; 1: full resolution
-    ):
+class _Encoded(nn.Module):
+    "A classifier, frozen or not, and a decoder on its features."
+    def __init__(self, classifier, widths, frozen):
         super().__init__()
-        if loss_stride not in (1, 2, 4): raise ValueError(f'loss_stride={loss_stride!r}: expected 1, 2 or 4')
-        if not hasattr(getattr(classifier, 'body', None), 'forward_intermediates'): raise TypeError(f'classifier: expected a WSOLModel on a timm CNN with forward_intermediates, got {type(classifier).__name__}')
-        self.classifier, self.frozen, self.loss_stride = classifier, frozen, loss_stride
+        _check_classifier(classifier)
+        self.classifier, self.frozen = classifier, frozen
         self.kept, channels = _choose_taps(classifier)
         self.necked = not isinstance(classifier.neck, nn.Identity)
         channels += [classifier.head.in_features]*self.necked # the coarsest
@@ -86,23 +96,45 @@ class FullModel(nn.Module):
 
     def forward_full(self, x): # logits (B,C), class maps (B,C,h,w), decoder's logits (B,2,h,w)
         "Everything that one pass gives."
-        c = self.classifier
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen and self.training)):
+        c, learns = self.classifier, not (self.frozen and self.training)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             features, taps = c.intermediates(x)
             logits, maps = c.head(features)
         return logits, maps, self.decoder([taps[i] for i in self.kept] + [features]*self.necked)
 
-    def forward_maps(self, x): # logits (B,C), foreground probability (B,C,H,W), the same for each class
+# %% ../../nbs/2_training/04_decoder.ipynb #33293934
+class Prediction(NamedTuple):
+    "What a `FullModel` answers in training."
+    logits: torch.Tensor # (B,C)
+    maps: torch.Tensor   # (B,C,h,w) class maps of the classifier
+    full: torch.Tensor   # (B,2,h,w) logits of the decoder; channel 1 is foreground
+
+# %% ../../nbs/2_training/04_decoder.ipynb #7471e072
+class FullModel(_Encoded):
+    "A classifier and a decoder on its feature maps; `forward`: logits, in training a `Prediction`."
+    def __init__(self,
+        classifier:WSOLModel,
+        # of the decoder, coarsest first; the last ones where the net has fewer steps
+        widths=(96, 64, 48, 32),
+        frozen:bool=True, # the classifier stays as it is, dropout and batch statistics included
+        loss_stride:int=2, # side of the image over that of the map that is trained; 1: all of it
+    ):
+        expect(loss_stride in (1, 2, 4), 'loss_stride', loss_stride, '1, 2 or 4')
+        super().__init__(classifier, widths, frozen)
+        self.loss_stride = loss_stride
+
+    def forward_maps(self, x): # logits (B,C), foreground (B,C,H,W), the same for each class
         "Class logits, and the map that does not ask for the class."
         logits, _, full = self.forward_full(x)
-        fg = F.interpolate(full.float(), size=x.shape[-2:], mode='bilinear', align_corners=False).softmax(1)[:, 1:]
+        fg = _resized(full.float(), x.shape[-2:]).softmax(1)[:, 1:]
         return logits, fg.expand(-1, logits.shape[1], -1, -1)
 
     def forward(self, x): # logits (B,C); in training a `Prediction`
         logits, maps, full = self.forward_full(x)
         if not self.training: return logits
         size = [s//self.loss_stride for s in x.shape[-2:]]
-        return Prediction(logits, maps, full if list(full.shape[-2:]) == size else F.interpolate(full, size=size, mode='bilinear', align_corners=False))
+        if list(full.shape[-2:]) != size: full = _resized(full, size)
+        return Prediction(logits, maps, full)
 
 # %% ../../nbs/2_training/04_decoder.ipynb #67ad07e2
 @localizer(needs='a decoder', passes='1',

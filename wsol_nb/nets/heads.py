@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import expect
 from .model import Head
 from ..registry import head
 
 # %% ../../nbs/2_training/03_heads.ipynb #0fcc71c7
 @head(paper='Zhou et al., CVPR 2016')
 class GAPHead(Head):
-    "Global average pooling of class maps: the CAM classifier (Lin et al. 2013, Zhou et al. 2016). The base's mean, by name."
+    "Global average pooling: the CAM classifier (Lin et al. 2013, Zhou et al. 2016)."
 
 # %% ../../nbs/2_training/03_heads.ipynb #4b766823
 @head(paper='Oquab et al., CVPR 2015')
@@ -31,7 +32,8 @@ class MaxHead(Head):
 # %% ../../nbs/2_training/03_heads.ipynb #da969d4b
 def _positive(name, value):
     "A positive number, or a ValueError."
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf: raise ValueError(f'{name}={value!r}: expected a number above 0')
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    expect(number and 0 < value < math.inf, name, value, 'a number above 0')
     return float(value)
 
 # %% ../../nbs/2_training/03_heads.ipynb #a9fd28e3
@@ -53,11 +55,14 @@ class LSEHead(Head):
 # %% ../../nbs/2_training/03_heads.ipynb #e41bd793
 def _check_k(name, k, least=1):
     "A count or a share of cells, or a ValueError."
-    ok = k >= least if isinstance(k, Integral) and not isinstance(k, bool) else isinstance(k, Real) and not isinstance(k, bool) and 0 < k <= 1
-    if not ok and not (least == 0 and k == 0): raise ValueError(f'{name}={k!r}: expected a number of cells ({least} or more) or a share of them (a fraction above 0, up to 1.)')
+    if least == k == 0: return k
+    number = isinstance(k, Real) and not isinstance(k, bool)
+    ok = number and (k >= least if isinstance(k, Integral) else 0 < k <= 1)
+    expect(ok, name, k, f'a number of cells ({least} or more) or a share of them '
+                        '(a fraction above 0, up to 1.)')
     return k
 
-# %% ../../nbs/2_training/03_heads.ipynb #d4b2860e
+# %% ../../nbs/2_training/03_heads.ipynb #20a12b0d
 def n_cells(
     k, # a whole number is a count of cells, a fraction in (0,1] a share of them
     n:int, # cells in a map
@@ -65,9 +70,12 @@ def n_cells(
 )->int: # 1 to n
     "How many of `n` cells `k` means."
     if not isinstance(k, Integral): return max(1, round(k*n))
-    if k > n: raise ValueError(f'{name}={k}: the map has {n} cells only; a fraction such as {name}=.2 fits every map')
+    if k > n:
+        raise ValueError(f'{name}={k}: the map has {n} cells only; '
+                         f'a fraction such as {name}=.2 fits every map')
     return k
 
+# %% ../../nbs/2_training/03_heads.ipynb #d465c6fe
 def top_mean(
     maps, # (B,C,h,w)
     k:int, # number of cells; n_cells turns a share into it
@@ -75,6 +83,7 @@ def top_mean(
     "Mean of the `k` highest cells of each map."
     return maps.flatten(2).topk(k, -1, sorted=False).values.mean(-1)
 
+# %% ../../nbs/2_training/03_heads.ipynb #d4b2860e
 @head()
 class TopKHead(Head):
     "The mean of the highest cells of class maps."
@@ -88,10 +97,24 @@ class TopKHead(Head):
 
     def pool(self, maps): return top_mean(maps, n_cells(self.k, maps[0, 0].numel()))
 
+# %% ../../nbs/2_training/03_heads.ipynb #21a07df5
+def _whole(name, value):
+    "A whole number of at least 1, or a ValueError."
+    expect(isinstance(value, Integral) and value >= 1, name, value, 'a whole number of at least 1')
+    return value
+
+def _check_alpha(alpha, kmin):
+    "The weight of the lowest cells, or a ValueError."
+    expect(math.isfinite(alpha), 'alpha', alpha, 'a finite number')
+    if alpha and not kmin:
+        raise ValueError(f'alpha={alpha}, kmin={kmin}: there is no minimum term to weigh; '
+                         'kmin=.2, or alpha=0')
+    return alpha
+
 # %% ../../nbs/2_training/03_heads.ipynb #aef8830f
 @head(paper='Durand et al., CVPR 2017')
 class WILDCATHead(Head):
-    "Highest and lowest cells of class maps that are averages of several modalities (Durand et al. 2017)."
+    "Highest and lowest cells of class maps, averages of several modalities (Durand et al. 2017)."
     def __init__(self,
         in_features:int, # K
         n_classes:int, # C
@@ -101,35 +124,37 @@ class WILDCATHead(Head):
         alpha:float=.7, # weight of the lowest cells
         halve:bool=False, # divide by two, as the authors' code does where alpha is not 0
     ):
-        if not isinstance(modalities, Integral) or modalities < 1: raise ValueError(f'modalities={modalities!r}: expected a whole number of at least 1')
-        super().__init__(in_features, n_classes*modalities)
-        self.modalities, self.kmax, self.kmin = modalities, _check_k('kmax', kmax), _check_k('kmin', kmin, least=0)
-        if not math.isfinite(alpha): raise ValueError(f'alpha={alpha!r}: expected a finite number')
-        if alpha and not kmin: raise ValueError(f'alpha={alpha}, kmin={kmin}: there is no minimum term to weigh; kmin=.2, or alpha=0')
-        self.alpha, self.halve = alpha, halve
+        super().__init__(in_features, n_classes*_whole('modalities', modalities))
+        self.modalities = modalities
+        self.kmax, self.kmin = _check_k('kmax', kmax), _check_k('kmin', kmin, least=0)
+        self.alpha, self.halve = _check_alpha(alpha, kmin), halve
 
     def pool(self, maps):
         n = maps[0, 0].numel()
         s = top_mean(maps, n_cells(self.kmax, n, 'kmax'))
         if not self.alpha: return s
-        s = s - self.alpha*top_mean(-maps, n_cells(self.kmin, n, 'kmin')) # the lowest cells of z are the highest of -z
+        lowest = top_mean(-maps, n_cells(self.kmin, n, 'kmin')) # the highest of -z
+        s = s - self.alpha*lowest
         return s/2 if self.halve else s
 
     def classify(self, features):
         maps = self.classifier(features).unflatten(1, (-1, self.modalities)).mean(2) # b,c,h,w
         return self.pool(maps), maps
 
-# %% ../../nbs/2_training/03_heads.ipynb #e3470894
+# %% ../../nbs/2_training/03_heads.ipynb #d21e1015
 def find_peaks(
     maps, # (B,C,h,w)
     window:int=3, # side of the neighbourhood in cells, odd
 )->torch.Tensor: # (B,C,h,w) bool
-    "Cells that are the maximum of the window around them; of equal neighbours the first in reading order."
-    if not isinstance(window, Integral) or window < 3 or not window % 2: raise ValueError(f'window={window!r}: expected an odd number of cells, 3 or more')
+    "Cells that are the maximum of their window; of equal neighbours the first in reading order."
+    odd = isinstance(window, Integral) and window >= 3 and window % 2
+    expect(odd, 'window', window, 'an odd number of cells, 3 or more')
     h, w = maps.shape[-2:]
-    _, at = F.max_pool2d(maps, window, 1, window//2, return_indices=True) # b,c,h,w: where each window has its maximum
+    # where each window has its maximum: b,c,h,w
+    _, at = F.max_pool2d(maps, window, 1, window//2, return_indices=True)
     return at == torch.arange(h*w, device=maps.device).view(h, w)
 
+# %% ../../nbs/2_training/03_heads.ipynb #e3470894
 @head(paper='Zhou et al., CVPR 2018')
 class PRMHead(Head):
     "Peak stimulation: the mean of the local maxima of class maps (Zhou et al. 2018)."
@@ -158,10 +183,11 @@ class GeMHead(Head):
     ):
         super().__init__(in_features, n_classes)
         self.p, self.eps = _positive('p', p), _positive('eps', eps)
-        if p < 1: raise ValueError(f'p={p!r}: expected at least 1, the mean')
+        expect(p >= 1, 'p', p, 'at least 1, the mean')
 
     def classify(self, features):
-        top = features.amax((-2, -1), keepdim=True).detach().clamp(min=self.eps) # powers of large features overflow
+        # powers of large features overflow, so the largest is taken out
+        top = features.amax((-2, -1), keepdim=True).detach().clamp(min=self.eps)
         q = (features/top).clamp(min=self.eps)**self.p
         mean = q.mean((-2, -1), keepdim=True)
         f = top*mean**(1/self.p) # b,k,1,1
@@ -179,8 +205,8 @@ class DeepMILHead(Head):
         maps:str='attention', # what the maps show: attention (the same for every class) or evidence
     ):
         super().__init__(in_features, n_classes)
-        if maps not in ('attention', 'evidence'): raise ValueError(f'maps={maps!r}: expected attention or evidence')
-        if not isinstance(dim, Integral) or dim < 1: raise ValueError(f'dim={dim!r}: expected a whole number of at least 1')
+        expect(maps in ('attention', 'evidence'), 'maps', maps, 'attention or evidence')
+        _whole('dim', dim)
         self.V, self.w, self.maps = nn.Conv2d(in_features, dim, 1), nn.Conv2d(dim, 1, 1), maps
         self.U = nn.Conv2d(in_features, dim, 1) if gated else None
 
@@ -194,7 +220,22 @@ class DeepMILHead(Head):
     def classify(self, features):
         a, M = self.attention(features), self.classifier(features) # b,1,h,w  b,c,h,w
         evidence = a*M
-        return evidence.sum((-2, -1)).to(M.dtype), evidence if self.maps == 'evidence' else a.expand_as(evidence)
+        shown = evidence if self.maps == 'evidence' else a.expand_as(evidence)
+        return evidence.sum((-2, -1)).to(M.dtype), shown
+
+# %% ../../nbs/2_training/03_heads.ipynb #4d4b9014
+def _gaps(F_):
+    "How different any two cells are: (B,n,K) to (B,n,n)."
+    F_ = F_ - F_[:, :1] # distances do not change; constant features become exact zeros
+    sq = F_.square().sum(-1)
+    return (sq[:, :, None] + sq[:, None] - 2*F_@F_.transpose(1, 2)).clamp(min=0).sqrt()
+
+def _squared_distances(h, w, like):
+    "How far any two cells of a grid are, squared: (n,n), in the type of `like`."
+    rows, columns = (torch.arange(n, device=like.device) for n in (h, w))
+    y, x = torch.meshgrid(rows, columns, indexing='ij')
+    at = torch.stack([y, x], -1).view(-1, 2).to(like.dtype)
+    return (at[:, None] - at[None]).square().sum(-1)
 
 # %% ../../nbs/2_training/03_heads.ipynb #1e383f96
 def soft_proposal(
@@ -206,22 +247,18 @@ def soft_proposal(
     b, k, h, w = features.shape
     F_ = features.detach().flatten(2).transpose(1, 2) # b,n,k
     F_ = F_.float() if F_.dtype.itemsize < 4 else F_
-    F_ = F_ - F_[:, :1] # distances do not change; constant features become exact zeros
-    sq = F_.square().sum(-1)
-    gap = (sq[:, :, None] + sq[:, None] - 2*F_@F_.transpose(1, 2)).clamp(min=0).sqrt() # b,n,n
-    y, x = torch.meshgrid(torch.arange(h, device=F_.device), torch.arange(w, device=F_.device), indexing='ij')
-    at = torch.stack([y, x], -1).view(-1, 2).to(F_.dtype)
-    d2 = (at[:, None] - at[None]).square().sum(-1) # n,n
+    d2 = _squared_distances(h, w, F_) # n,n
     eps = locality*(h*w if wide else (h*w)**.5)
-    degree = (gap*torch.exp(-d2/(2*eps**2))*(d2 > 0)).sum(-1) # b,n
+    degree = (_gaps(F_)*torch.exp(-d2/(2*eps**2))*(d2 > 0)).sum(-1) # b,n
     total = degree.sum(-1, keepdim=True)
-    p = torch.where(total > 0, degree/torch.where(total > 0, total, 1.), 1/(h*w)) # nothing differs: everywhere alike
+    alike = 1/(h*w) # where nothing differs
+    p = torch.where(total > 0, degree/torch.where(total > 0, total, 1.), alike)
     return p.view(b, 1, h, w).to(features.dtype)
 
 # %% ../../nbs/2_training/03_heads.ipynb #89f83e69
 @head(paper='Zhu et al., ICCV 2017')
 class SPNHead(Head):
-    "Soft proposal network: class maps of features weighted by a proposal of where objects are (Zhu et al. 2017)."
+    "Soft proposal network: features weighted by where objects may be (Zhu et al. 2017)."
     def __init__(self,
         in_features:int, # K
         n_classes:int, # C
@@ -231,30 +268,37 @@ class SPNHead(Head):
         dropout:float=.5, # on the pooled features, in training
     ):
         super().__init__(width, n_classes)
-        if not 0 <= dropout < 1: raise ValueError(f'dropout={dropout!r}: expected 0 or more, below 1')
-        self.in_features, self.locality, self.wide = in_features, _positive('locality', locality), wide
-        self.conv = nn.Conv2d(in_features, width, 3, padding=1, groups=math.gcd(2, in_features, width))
+        expect(0 <= dropout < 1, 'dropout', dropout, '0 or more, below 1')
+        self.in_features, self.wide = in_features, wide
+        self.locality = _positive('locality', locality)
+        groups = math.gcd(2, in_features, width)
+        self.conv = nn.Conv2d(in_features, width, 3, padding=1, groups=groups)
         self.drop = nn.Dropout2d(dropout) # a channel dropped from the map is dropped from its mean
 
     def classify(self, features):
         f = self.conv(features).relu()
-        return super().classify(self.drop(f*soft_proposal(f, self.locality, self.wide)*f[0, 0].numel()))
+        p, n = soft_proposal(f, self.locality, self.wide), f[0, 0].numel()
+        return super().classify(self.drop(f*p*n))
 
 # %% ../../nbs/2_training/03_heads.ipynb #3e950058
 class BagHead(nn.Module):
-    "One score for 'positive' by any head, as logits (0, s) and maps (-M, M) of a negative and a positive class."
+    "One score for 'positive' by any head, as logits (0, s) and maps (-M, M) of two classes."
     def __init__(self,
         in_features:int, # K
         n_classes:int=2, # negative and positive
         head=GAPHead, # callable (in_features, n_classes) -> head
     ):
         super().__init__()
-        if n_classes != 2: raise ValueError(f'n_classes={n_classes}: a bag is negative (class 0) or positive (class 1)')
+        if n_classes != 2:
+            raise ValueError(f'n_classes={n_classes}: a bag is negative (class 0) '
+                             'or positive (class 1)')
         self.head = head(in_features, 1)
 
     def forward(self, features):
         s, M = self.head(features) # b,1  b,1,h,w
         return torch.cat([torch.zeros_like(s), s], 1), torch.cat([-M, M], 1)
 
-# %% ../../nbs/2_training/03_heads.ipynb #6b66348a
-HEADS = dict(GAP=GAPHead, MaxPool=MaxHead, LSE=LSEHead, TopK=TopKHead, WILDCAT=WILDCATHead, PRM=PRMHead, GeM=GeMHead, DeepMIL=DeepMILHead, SPN=SPNHead)
+# %% ../../nbs/2_training/03_heads.ipynb #08185840
+HEADS = dict(
+    GAP=GAPHead, MaxPool=MaxHead, LSE=LSEHead, TopK=TopKHead, WILDCAT=WILDCATHead,
+    PRM=PRMHead, GeM=GeMHead, DeepMIL=DeepMILHead, SPN=SPNHead)

@@ -12,13 +12,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import env_folder
+from ..core import env_folder, expect
 from .bodies import REFERENCE, extra_layer, load_body, local_weights, make_body
 import timm
 
+# %% ../../nbs/2_training/02_model.ipynb #da4e8d8f
+def _check_features(features, k, name):
+    "Refuse what is no (B,`k`,h,w), with the name of the head that was made for it."
+    shape = tuple(features.shape)
+    if len(shape) != 4: raise ValueError(f'features: a pooling head needs (B,K,h,w), got {shape}')
+    if shape[1] != k:
+        raise ValueError(f'features: this {name} was made for {k} channels, got {shape}')
+
 # %% ../../nbs/2_training/02_model.ipynb #6e8d7891
 class Head(nn.Module):
-    "Features (B,K,h,w) to (logits (B,C), class maps (B,C,h,w)): a 1×1 classifier, then `pool` over positions."
+    "Features (B,K,h,w) to logits (B,C) and maps (B,C,h,w): a 1×1 classifier, then `pool`."
     def __init__(self,
         in_features:int, # K
         n_classes:int, # C
@@ -26,7 +34,8 @@ class Head(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.classifier = nn.Conv2d(in_features, n_classes, 1)
-        nn.init.normal_(self.classifier.weight, std=.01); nn.init.zeros_(self.classifier.bias)
+        nn.init.normal_(self.classifier.weight, std=.01)
+        nn.init.zeros_(self.classifier.bias)
 
     def pool(self, maps)->torch.Tensor: # (B,C)
         "One number a map; the mean."
@@ -38,14 +47,14 @@ class Head(nn.Module):
         return self.pool(maps), maps
 
     def forward(self, features):
-        if features.ndim != 4: raise ValueError(f'features: a pooling head needs (B,K,h,w), got {tuple(features.shape)}')
-        if features.shape[1] != self.in_features: raise ValueError(f'features: this {type(self).__name__} was made for {self.in_features} channels, got {tuple(features.shape)}')
+        _check_features(features, self.in_features, type(self).__name__)
         return self.classify(features)
 
 # %% ../../nbs/2_training/02_model.ipynb #779d8a31
 class WSOLModel(nn.Module):
-    "A body and a head: `forward` gives logits, `forward_maps` logits and class maps. Takes images in [0,1]."
-    def __init__(self, body:nn.Module, head:nn.Module, mean=(.485, .456, .406), std=(.229, .224, .225), neck:nn.Module=None):
+    "A body and a head on images in [0,1]: `forward` gives logits, `forward_maps` also class maps."
+    def __init__(self, body:nn.Module, head:nn.Module,
+                 mean=(.485, .456, .406), std=(.229, .224, .225), neck:nn.Module=None):
         super().__init__()
         self.body, self.neck, self.head = body, neck or nn.Identity(), head
         self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
@@ -68,52 +77,89 @@ class WSOLModel(nn.Module):
 
     def late_parameters(self)->list:
         "What learns at the head's rate: head, neck, and what the reference counts as classifier."
-        late = [self.head, self.neck, *(getattr(self.body, n) for n in getattr(self.body, 'late', ()))]
-        return [p for m in late for p in m.parameters()]
+        late = [getattr(self.body, name) for name in getattr(self.body, 'late', ())]
+        return [p for m in (self.head, self.neck, *late) for p in m.parameters()]
+
+# %% ../../nbs/2_training/02_model.ipynb #589af168
+def _weights_file(arch, pretrained):
+    "The state-dict file that `pretrained` means, or None."
+    if not pretrained: return None
+    return local_weights(REFERENCE.get(arch, arch)) if pretrained is True else Path(pretrained)
+
+def _from_file(body, arch, file, n_classes, verbose):
+    "Load a file into a body and say what became of it."
+    left = load_body(body, file)
+    said = f'{arch}: body from {file.name}'
+    if left:
+        classifier = left[0].rsplit('.', 1)[0]
+        said += f'; new head for {n_classes} classes, {classifier} of the file left out'
+    if verbose: print(said)
+
+# %% ../../nbs/2_training/02_model.ipynb #61959634
+def _from_hub(body, arch):
+    "Load the weights of timm's hub into a body."
+    try:
+        name, bare = REFERENCE.get(arch, arch), dict(num_classes=0, global_pool='')
+        theirs = timm.create_model(name, pretrained=True, **bare)
+        body.load_state_dict(theirs.state_dict(), strict=False)
+    except Exception as e:
+        folder = env_folder('WSOL_WEIGHTS') or 'not set'
+        raise ValueError(f'pretrained=True: no {arch}*.pth in WSOL_WEIGHTS ({folder}), '
+                         f"and timm's hub gave none ({type(e).__name__})") from e
 
 # %% ../../nbs/2_training/02_model.ipynb #8bb0b087
 def wsol_model(
-    arch:str, # a timm CNN, e.g. 'resnet50', 'mobilenetv2_100', or a reference net, e.g. 'wsol_vgg16'
+    # a timm CNN, e.g. 'resnet50', 'mobilenetv2_100', or a reference net, e.g. 'wsol_vgg16'
+    arch:str,
     n_classes:int, # C
     pretrained=False, # False, True (WSOL_WEIGHTS, then timm's hub) or a state-dict file
     stride:int=None, # feature stride 8, 16 or 32; None: the architecture's own
-    head=Head, # callable (in_features, n_classes) -> module with forward(features) -> (logits, maps)
+    # callable (in_features, n_classes) -> module with forward(features) -> (logits, maps)
+    head=Head,
     verbose:bool=True, # say which weights were loaded and what was left out
 )->WSOLModel:
     "A timm CNN as a localizable classifier."
-    if not isinstance(n_classes, int) or n_classes < 1: raise ValueError(f'n_classes={n_classes!r}: expected a whole number of at least 1')
-    body = make_body(arch, stride)
-    file = (local_weights(REFERENCE.get(arch, arch)) if pretrained is True else Path(pretrained)) if pretrained else None
-    if file:
-        left = load_body(body, file)
-        if verbose: print(f'{arch}: body from {file.name}' + (f'; new head for {n_classes} classes, {left[0].rsplit(".", 1)[0]} of the file left out' if left else ''))
-    elif pretrained:
-        try: body.load_state_dict(timm.create_model(REFERENCE.get(arch, arch), pretrained=True, num_classes=0, global_pool='').state_dict(), strict=False)
-        except Exception as e: raise ValueError(f'pretrained=True: no {arch}*.pth in WSOL_WEIGHTS ({env_folder("WSOL_WEIGHTS") or "not set"}), and timm\'s hub gave none ({type(e).__name__})') from e
+    whole = isinstance(n_classes, int) and n_classes >= 1
+    expect(whole, 'n_classes', n_classes, 'a whole number of at least 1')
+    body, file = make_body(arch, stride), _weights_file(arch, pretrained)
+    if file: _from_file(body, arch, file, n_classes, verbose)
+    elif pretrained: _from_hub(body, arch)
     cfg = timm.data.resolve_model_data_config(body)
     neck, width = extra_layer(arch)
     model = WSOLModel(body, head(width or body.width, n_classes), cfg['mean'], cfg['std'], neck)
     model.arch, model.stride = arch, body.stride
-    return model.to(memory_format=torch.channels_last) # faster training of CNNs on CPU and GPU, see tools/bench.py
+    # faster training of CNNs on CPU and GPU, see tools/bench.py
+    return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/2_training/02_model.ipynb #2a7392e4
+# %% ../../nbs/2_training/02_model.ipynb #fcc655a9
 class _WithMaps(nn.Module):
-    def __init__(self, model): super().__init__(); self.model = model
+    "A model whose `forward` gives logits and maps, as an exporter wants it."
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def forward(self, images): return self.model.forward_maps(images)
 
+def _trace(model, x):
+    "The program of a model in evaluation, for any number of images like `x`."
+    training, batch = model.training, torch.export.Dim('batch', min=1)
+    try: return torch.export.export(_WithMaps(model.eval()), (x,), dynamic_shapes=({0: batch},))
+    finally: model.train(training)
+
+# %% ../../nbs/2_training/02_model.ipynb #2a7392e4
 def export_model(
     model, # with `forward_maps`, e.g. from `wsol_model`
     file=None, # write this .onnx file; None: only return the program
     size=224, # side of the images, or (H,W)
 )->torch.export.ExportedProgram: # images (B,3,H,W) -> logits (B,C), maps (B,C,h,w)
-    "The model as a program, or an ONNX file, that gives logits and class maps. ONNX needs the packages onnx and onnxscript."
+    "The model as a program or an ONNX file (needs onnx, onnxscript) that gives logits and maps."
     h, w = (size, size) if isinstance(size, int) else size
-    p, training = next(model.parameters()), model.training
+    p = next(model.parameters())
     x = torch.zeros(2, 3, h, w, dtype=p.dtype, device=p.device)
-    try: program = torch.export.export(_WithMaps(model.eval()), (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
-    finally: model.train(training)
+    program = _trace(model, x)
     if file is None: return program
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of the exporter's own deprecations
-        torch.onnx.export(program, (x,), str(file), input_names=['images'], output_names=['logits', 'maps'], dynamo=True, verbose=False)
+        torch.onnx.export(program, (x,), str(file), input_names=['images'],
+                          output_names=['logits', 'maps'], dynamo=True, verbose=False)
     return program

@@ -15,37 +15,59 @@ from ..scoring.loop import evaluate
 from fastai.callback.core import Callback
 from fastai.learner import Recorder, ValueMetric
 
-# %% ../../nbs/2_training/06_callbacks.ipynb #47e5ef97
-_BOX_COLUMNS = dict(max_box_acc=lambda r: r.boxes['max_box_acc']['0.5']['value'], max_box_acc_v2=lambda r: r.boxes['max_box_acc_v2'], top1_loc=lambda r: r.boxes['top1_loc']['0.5']['value'])
-_MASK_COLUMNS = dict(pxap=lambda r: r.pixels['pxap']['value'], dice=lambda r: r.pixels['dice']['value'])
+# %% ../../nbs/2_training/06_callbacks.ipynb #dcf7ba2e
+_BOX_COLUMNS = dict(
+    max_box_acc=lambda r: r.boxes['max_box_acc']['0.5']['value'],
+    max_box_acc_v2=lambda r: r.boxes['max_box_acc_v2'],
+    top1_loc=lambda r: r.boxes['top1_loc']['0.5']['value'])
+_MASK_COLUMNS = dict(
+    pxap=lambda r: r.pixels['pxap']['value'],
+    dice=lambda r: r.pixels['dice']['value'])
 
+def _columns(truth):
+    "Name -> how it is read from a report, for what a split has; it is said where that is nothing."
+    found = (_BOX_COLUMNS if truth.n_boxed else {}) | (_MASK_COLUMNS if truth.n_masked else {})
+    if not found:
+        print(f'no true boxes or masks in split {truth.split!r}: '
+              'training without localization columns')
+    return found
+
+def _only_scores(learn):
+    "Whether a fit is no training: a search for a learning rate, or predictions."
+    return hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds')
+
+def _due(epoch, n_epoch, every):
+    "Whether an epoch is scored: each `every`-th, and the last."
+    return (epoch + 1) % every == 0 or epoch + 1 >= n_epoch
+
+# %% ../../nbs/2_training/06_callbacks.ipynb #47e5ef97
 class LocalizationMetrics(Callback):
-    "Adds localization on a validation split to fastai's log, as columns that trackers can monitor."
-    order = Recorder.order - 1 # its columns must be there when the Recorder names them, its values when it reads them
+    "Localization on a validation split as columns of fastai's log, which trackers can monitor."
+    order = Recorder.order - 1 # columns before the Recorder names them, values before it reads them
     def __init__(self,
         split:str='tune', # a split's name or role
         every:int=1, # score each n-th epoch (and the last); the others repeat the last value
     ): self.split, self.every, self.values = split, every, {}
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.run = not _only_scores(self.learn)
         if not self.run: return
-        truth = self.dls.localizable(self.split)
-        self.columns = (_BOX_COLUMNS if truth.n_boxed else {}) | (_MASK_COLUMNS if truth.n_masked else {})
-        if not self.columns:
-            print(f'no true boxes or masks in split {truth.split!r}: training without localization columns')
-            self.run = False
-            return
+        self.columns = _columns(self.dls.localizable(self.split))
+        self.run = bool(self.columns)
+        if not self.run: return
         self.values = dict.fromkeys(self.columns, math.nan)
         own = [ValueMetric(partial(self.values.get, c), c) for c in self.columns]
         self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.columns] + own
 
     def after_validate(self):
         if not self.values: return
-        if self.dl is not self.dls.valid: self.values.update(dict.fromkeys(self.columns, math.nan)); return
-        if self.learn.in_fit and (self.epoch + 1) % self.every and self.epoch + 1 < self.n_epoch: return
-        r = evaluate(self.learn.localizer(), self.dls, self.split, tau_from=None, bootstrap=0, progress=False)
-        self.values.update({k: f(r) for k, f in self.columns.items()})
+        if self.dl is not self.dls.valid: self.values.update(dict.fromkeys(self.columns, math.nan))
+        elif not self.learn.in_fit or _due(self.epoch, self.n_epoch, self.every): self._score()
+
+    def _score(self):
+        r = evaluate(self.learn.localizer(), self.dls, self.split, tau_from=None,
+                     bootstrap=0, progress=False)
+        self.values.update({name: read(r) for name, read in self.columns.items()})
 
     def after_fit(self): self.run = True
 
@@ -54,14 +76,16 @@ class EpochSeed(Callback):
     "Fixes data order, augmentation and torch's random state by (seed, epoch), in training."
     order = -30 # before anything draws
     def __init__(self, seed): self.seed = seed
+
     def before_epoch(self):
         if not self.learn.in_fit: return
-        epoch, dl = len(self.learn.rows), self.dls.train # counted through all fits, so that fine_tune repeats none
+        epoch, dl = len(self.learn.rows), self.dls.train # counted through all fits
         torch.manual_seed(self.seed*100_003 + epoch)
         getattr(dl, 'dl', dl).set_epoch(epoch) # a distributed loader wraps ours
 
+# %% ../../nbs/2_training/06_callbacks.ipynb #b9da3a77
 class EpochLog(Callback):
-    "Keeps a row for each trained epoch in `learn.rows`, through several fits; validating or predicting adds none."
+    "Keeps a row for each trained epoch in `learn.rows`, through several fits."
     order = Recorder.order + 1
     def after_epoch(self):
         if not self.learn.in_fit or hasattr(self.learn, 'lr_finder'): return

@@ -9,7 +9,7 @@ __all__ = ['WSOLLearner', 'accuracy', 'wsol_learner']
 import torch
 from fastcore.basics import listify
 
-from ..core import keep_memory, set_seed
+from ..core import expect, keep_memory, set_seed
 from ..data.loaders import WSOLDataLoaders
 from .callbacks import EpochLog, EpochSeed, LocalizationMetrics
 from .method import GAP, Method, method_to_dict, sgd
@@ -23,7 +23,8 @@ class WSOLLearner(Learner):
     method, arch, config, first_epoch, in_fit, rows = None, None, None, 0, False, None
     def fit(self, n_epoch, *args, **kwargs):
         "fastai's `fit`, from `first_epoch` on where `resume` has set it."
-        if self.first_epoch >= n_epoch: raise ValueError(f'n_epoch={n_epoch}: expected more than the {self.first_epoch} epochs that are done')
+        more = f'more than the {self.first_epoch} epochs that are done'
+        expect(n_epoch > self.first_epoch, 'n_epoch', n_epoch, more)
         try:
             self.in_fit = True
             super().fit(n_epoch, *args, **kwargs)
@@ -40,6 +41,7 @@ class WSOLLearner(Learner):
         "What turns images into maps, at the present weights."
         return self.method.localizer(self.model)
 
+# %% ../../nbs/2_training/07_learner.ipynb #2b3a1342
 def accuracy(
     logits, # (B,C)
     y, # (B,)
@@ -47,15 +49,46 @@ def accuracy(
     "Share of right top-1 classes, 0 to 1."
     return (logits.argmax(1) == y).float().mean()
 
-# %% ../../nbs/2_training/07_learner.ipynb #f42d0366
+# %% ../../nbs/2_training/07_learner.ipynb #30246dcd
+def _check_method(method, dls):
+    "Refuse what is no method, or one for other labels than the data have."
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f'method: expected an instance of Method such as GAP(), got {method!r}')
+    if dls.info.multi_label == method.multi_label: return
+    trains, have = ('one class', 'several') if dls.info.multi_label else ('several classes', 'one')
+    raise ValueError(f'method={type(method).__name__}: trains on {trains} an image '
+                     f'(targets={method.targets!r}), but these data have {have}')
+
+# %% ../../nbs/2_training/07_learner.ipynb #9067adfe
+def _check_classes(first, dls):
+    "Refuse data of other classes than those of the first stage."
+    c = first.config
+    if list(c['class_ids']) != dls.class_ids.tolist():
+        had = f"{len(c['class_ids'])} classes ({c['class_names'][0]}, …)"
+        raise ValueError(f'stage1: it was trained on {had}, '
+                         f'these data have {dls.c} ({dls.vocab[0]}, …)')
+
 def _of_first_stage(first, dls, arch, stride, pretrained):
     "Architecture, stride and weights of a learner whose method builds on the run `first`."
     own = first.config['arch'], first.config['stride']
     for name, given, has in zip(('arch', 'stride'), (arch, stride), own):
-        if given not in (None, has): raise ValueError(f'{name}={given!r}: the first stage has {has!r}, and the second stands on it')
-    if pretrained: raise ValueError(f'pretrained={pretrained!r}: the weights are those of the first stage')
-    if list(first.config['class_ids']) != dls.class_ids.tolist(): raise ValueError(f"stage1: it was trained on {len(first.config['class_ids'])} classes ({first.config['class_names'][0]}, …), these data have {dls.c} ({dls.vocab[0]}, …)")
+        if given not in (None, has):
+            raise ValueError(f'{name}={given!r}: the first stage has {has!r}, '
+                             'and the second stands on it')
+    if pretrained:
+        raise ValueError(f'pretrained={pretrained!r}: the weights are those of the first stage')
+    _check_classes(first, dls)
     return *own, False
+
+# %% ../../nbs/2_training/07_learner.ipynb #42f4ec1f
+def _callbacks(method, dls, localization):
+    "Seeds, rows and scores of each epoch, then what the method brings."
+    scores = [LocalizationMetrics()] if localization and not dls.info.multi_label else []
+    return [EpochSeed(dls.info.seed), EpochLog()] + scores + method.callbacks()
+
+def _metrics(dls, metrics):
+    "Accuracy where an image has one class, and what was asked for."
+    return ([] if dls.info.multi_label else [AvgMetric(accuracy)]) + listify(metrics)
 
 # %% ../../nbs/2_training/07_learner.ipynb #c940694d
 def wsol_learner(
@@ -65,30 +98,31 @@ def wsol_learner(
     pretrained=False, # False, True (WSOL_WEIGHTS, then timm's hub) or a state-dict file
     stride:int=None, # feature stride 8, 16 or 32; None: the architecture's own
     opt_func=sgd, # SGD with Nesterov momentum, as in the reference recipe
-    lr:float=1e-2, # default learning rate; `fit_one_cycle(n, slice(lr_body, lr_head))` gives body and head their own
+    # default learning rate; `fit_one_cycle(n, slice(lr_body, lr_head))` gives two of their own
+    lr:float=1e-2,
     wd:float=1e-4, # weight decay
-    localization:bool=True, # score boxes of the validation split at each epoch (where images have one class)
+    # score boxes of the validation split at each epoch (where images have one class)
+    localization:bool=True,
     cbs=None, metrics=None, # further callbacks and metrics
     path='.', # where checkpoints go
     verbose:bool=True, # say which weights were loaded
 )->WSOLLearner:
     "A fastai Learner for a weakly-supervised method."
     method = method or GAP()
-    if isinstance(method, type) or not isinstance(method, Method): raise TypeError(f'method: expected an instance of Method such as GAP(), got {method!r}')
-    if dls.info.multi_label != method.multi_label:
-        trains, have = ('one class', 'several') if dls.info.multi_label else ('several classes', 'one')
-        raise ValueError(f"method={type(method).__name__}: trains on {trains} an image (targets={method.targets!r}), but these data have {have}")
+    _check_method(method, dls)
     config, first = method_to_dict(method), method.first_stage()
     if first: arch, stride, pretrained = _of_first_stage(first, dls, arch, stride, pretrained)
-    elif arch is None: raise ValueError(f'arch: {type(method).__name__} has no first stage, so expected a timm CNN such as resnet50')
+    elif arch is None: raise ValueError(f'arch: {type(method).__name__} has no first stage, '
+                                        'so expected a timm CNN such as resnet50')
     set_seed(dls.info.seed)
     if torch.device(dls.device).type == 'cpu': keep_memory()
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
-    added = [EpochSeed(dls.info.seed), EpochLog()] + ([LocalizationMetrics()] if localization and not dls.info.multi_label else []) + method.callbacks()
-    acc = [] if dls.info.multi_label else [AvgMetric(accuracy)]
-    learn = WSOLLearner(dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd, splitter=method.param_groups, metrics=acc + listify(metrics),
-                        cbs=added + listify(cbs), path=path, model_dir='.')
+    learn = WSOLLearner(
+        dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd,
+        splitter=method.param_groups, metrics=_metrics(dls, metrics),
+        cbs=_callbacks(method, dls, localization) + listify(cbs), path=path, model_dir='.')
     learn.method, learn.arch, learn.rows = method, arch, []
-    learn.config = dict(arch=arch, stride=stride, pretrained=pretrained if isinstance(pretrained, bool) else str(pretrained), method=config)
+    weights = pretrained if isinstance(pretrained, bool) else str(pretrained)
+    learn.config = dict(arch=arch, stride=stride, pretrained=weights, method=config)
     method.begin(learn)
     return learn

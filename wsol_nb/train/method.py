@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..core import expect
 from ..localize.base import HeadMaps
 from ..nets.heads import BagHead, GAPHead
 from ..nets.model import wsol_model
@@ -20,65 +21,91 @@ from ..registry import entries, find, method
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 
-# %% ../../nbs/2_training/05_method.ipynb #53fc4bf9
-def _check_fields(method, takes):
-    "A field that neither the head nor an overridden method takes would do nothing."
-    cls, hooks = type(method), ('model', 'loss', 'callbacks', 'localizer')
-    overrides = any(getattr(cls, k) is not getattr(Method, k) for k in hooks)
-    lost = [f.name for f in fields(method) if f.name not in takes and f.name != 'targets']
-    if lost and not overrides:
-        raise ValueError(f'{lost[0]}: {cls.__name__} declares it, but {method.Head.__name__} has no '
-                         f'such parameter; it takes {", ".join(list(takes)[2:]) or "none"}')
-
-# %% ../../nbs/2_training/05_method.ipynb #c98a9eaa
+# %% ../../nbs/2_training/05_method.ipynb #a675ed2b
 @dataclass
-class Method:
-    "How a model is made, trained and asked where. Fields are hyper-parameters; override what a paper changes."
+class _Labels:
+    "What labels say, and the loss that follows."
     targets: str = field(default='single', kw_only=True) # what labels say: single, multi or bag
-    Head = GAPHead # class of the head; a field that is named like one of its parameters is handed to it
-    recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10, lr=.005, lr_head=.05, wd=1e-4, bs=32, resize=None) # how `wsol_train` trains it, unless told otherwise
-    selects = 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
 
     def __post_init__(self):
-        if self.targets not in ('single', 'multi', 'bag'): raise ValueError(f'targets={self.targets!r}: expected single, multi or bag')
+        known = self.targets in ('single', 'multi', 'bag')
+        expect(known, 'targets', self.targets, 'single, multi or bag')
 
-    multi_label = property(lambda self: self.targets == 'multi') # trains on several classes an image
+    @property
+    def multi_label(self):
+        "Whether it trains on several classes an image."
+        return self.targets == 'multi'
 
-    def head(self):
-        "Callable (in_features, n_classes) -> head."
-        takes = inspect.signature(self.Head).parameters
-        _check_fields(self, takes)
-        head = partial(self.Head, **{f.name: getattr(self, f.name) for f in fields(self) if f.name in takes})
-        return partial(BagHead, head=head) if self.targets == 'bag' else head
+    def loss(self):
+        "The loss of (logits, labels); fastai's turn logits into probabilities and classes."
+        return BCEWithLogitsLossFlat() if self.multi_label else CrossEntropyLossFlat()
 
+# %% ../../nbs/2_training/05_method.ipynb #237514b1
+def _two_rates(model):
+    "Parameters of body and head; a model of this library says what else learns with its head."
+    late = getattr(model, 'late_parameters', None)
+    head = late() if late else list(model.head.parameters())
+    ids = set(map(id, head))
+    return [[p for p in model.parameters() if id(p) not in ids], head]
+
+# %% ../../nbs/2_training/05_method.ipynb #c98a9eaa
+class _Hooks(_Labels):
+    "What a paper may change: the network, its training, and how it is asked where."
     def model(self, arch, n_classes, **kw)->nn.Module:
         "The network; `kw` as for `wsol_model`."
         return wsol_model(arch, n_classes, head=self.head(), **kw)
-
-    def loss(self):
-        "The loss of (logits, labels); fastai's knows how to turn logits into probabilities and classes."
-        return BCEWithLogitsLossFlat() if self.multi_label else CrossEntropyLossFlat()
 
     def callbacks(self)->list:
         "What fastai callbacks training needs."
         return []
 
     def param_groups(self, model)->list:
-        "Two lists of parameters, body and head: `slice(lr_body, lr_head)` gives each its learning rate; the reference's ratio is 10."
-        head = model.late_parameters() if hasattr(model, 'late_parameters') else list(model.head.parameters())
-        ids = set(map(id, head))
-        return [[p for p in model.parameters() if id(p) not in ids], head]
+        "Parameters of body and head, for `slice(lr_body, lr_head)`; the reference's ratio is 10."
+        return _two_rates(model)
 
     def localizer(self, model):
         "What turns the trained model into maps."
         return HeadMaps(model)
 
     def first_stage(self):
-        "The `Run` whose classifier this method builds on, or None; it then fixes architecture and stride."
+        "The `Run` whose classifier it builds on, or None; it then fixes architecture and stride."
         return None
 
     def begin(self, learn):
-        "Last word on a new learner before it trains, e.g. to put in what the first stage has learnt."
+        "Last word on a new learner before it trains, e.g. to put in what a first stage learnt."
+
+# %% ../../nbs/2_training/05_method.ipynb #aed11860
+def _handed_on(method):
+    "The fields that the head takes, by name."
+    takes = inspect.signature(method.Head).parameters
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.name in takes}
+
+def _check_fields(method):
+    "A field that neither the head nor an overridden method takes would do nothing."
+    cls, hooks = type(method), ('model', 'loss', 'callbacks', 'localizer')
+    overrides = any(getattr(cls, k) is not getattr(_Hooks, k) for k in hooks)
+    takes = list(inspect.signature(method.Head).parameters)
+    lost = [f.name for f in fields(method) if f.name not in takes and f.name != 'targets']
+    if lost and not overrides:
+        own = ', '.join(takes[2:]) or 'none' # beside the numbers of features and classes
+        raise ValueError(f'{lost[0]}: {cls.__name__} declares it, but {method.Head.__name__} '
+                         f'has no such parameter; it takes {own}')
+
+# %% ../../nbs/2_training/05_method.ipynb #464621e5
+@dataclass
+class Method(_Hooks):
+    "How one trains and asks where. Fields are hyper-parameters; override what a paper changes."
+    Head = GAPHead # class of the head; a field that is named like one of its parameters goes to it
+    # how `wsol_train` trains it, unless told otherwise
+    recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10,
+                  lr=.005, lr_head=.05, wd=1e-4, bs=32, resize=None)
+    selects = 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
+
+    def head(self):
+        "Callable (in_features, n_classes) -> head."
+        _check_fields(self)
+        head = partial(self.Head, **_handed_on(self))
+        return partial(BagHead, head=head) if self.targets == 'bag' else head
 
 # %% ../../nbs/2_training/05_method.ipynb #6ad29e7f
 @method(stages=1, paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
@@ -86,16 +113,22 @@ class Method:
 class GAP(Method):
     "The CAM classifier: cross-entropy on globally averaged class maps (Zhou et al., CVPR 2016)."
 
+# %% ../../nbs/2_training/05_method.ipynb #6c768743
+def _check_dataclass(method):
+    "Refuse a subclass that declares fields without being a dataclass: they would be lost."
+    declared = vars(type(method)).get('__annotations__', {})
+    strange = set(declared) - {f.name for f in fields(method)}
+    if strange:
+        raise TypeError(f'method: {type(method).__name__} declares {", ".join(sorted(strange))} '
+                        'but is no @dataclass, so they would be lost')
+
 # %% ../../nbs/2_training/05_method.ipynb #f7255d51
 def method_to_dict(
     method:Method,
 )->dict: # {'name', 'module', 'params'}
     "A method as plain JSON types; TypeError where it would not come back from them."
     cls = type(method)
-    strange = set(vars(cls).get('__annotations__', {})) - {f.name for f in fields(method)}
-    if strange:
-        raise TypeError(f'method: {cls.__name__} declares {", ".join(sorted(strange))} but is no '
-                        '@dataclass, so they would be lost')
+    _check_dataclass(method)
     try: json.dumps(asdict(method))
     except TypeError as e:
         raise TypeError(f'method: the fields of {cls.__name__} must be numbers, strings, lists or '
