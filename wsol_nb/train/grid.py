@@ -27,6 +27,7 @@ def merged(
         out[k] = merged(out[k], v) if deep else v
     return out
 
+# %% ../../nbs/2_training/13_grid.ipynb #48f4d28f
 def combinations(
     base:dict, # config that all share
     **axes # name of an axis -> {value: change of the config}
@@ -57,6 +58,10 @@ def _job(key, config, folder, score):
     if not done.is_file(): fit_run(config, folder, progress=False)
     return [key | row for row in score(load_run(folder))]
 
+def _why(error):
+    "An exception as the last lines of its traceback say it."
+    return ''.join(traceback.format_exception_only(error)).strip()
+
 def run_grid(
     jobs:list, # of (key, config), e.g. from `combinations`
     runs, # folder of the runs
@@ -79,5 +84,5 @@ def run_grid(
         except Timeout: say(f'{key}: another process works on it')
         except Exception as e:
             failed.append((key, e))
-            say(f'{key} failed: {"".join(traceback.format_exception_only(e)).strip()}')
+            say(f'{key} failed: {_why(e)}')
     return failed
