@@ -14,16 +14,33 @@ from pathlib import Path
 from .. import __version__
 from ..registry import find
 
+# %% ../../nbs/9_tools/01_command.ipynb #89b08580
+def _comment_lines(source):
+    "{line number: comment}, beside code and on lines of their own."
+    beside, alone = {}, {}
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type != tokenize.COMMENT: continue
+        where = beside if t.line[:t.start[1]].strip() else alone
+        where[t.start[0]] = t.string.lstrip('# ')
+    return beside, alone
+
+def _said(line, beside, alone):
+    "The comment beside a line, else the lines of comment right above it, or ''."
+    if line in beside: return beside[line]
+    above = []
+    while (line := line - 1) in alone: above.insert(0, alone[line])
+    return ' '.join(above)
+
 # %% ../../nbs/9_tools/01_command.ipynb #f7f93837
 def comments(
     f, # a function whose source is at hand
 )->dict: # {parameter: what its line says, or ''}
-    "The comments beside the parameters of a function."
+    "The comments beside the parameters of a function, or above them."
     source = textwrap.dedent(inspect.getsource(f))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    said = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+    beside, alone = _comment_lines(source)
     args = ast.parse(source).body[0].args
-    return {a.arg: said.get(a.lineno, '') for a in args.posonlyargs + args.args + args.kwonlyargs}
+    every = args.posonlyargs + args.args + args.kwonlyargs
+    return {a.arg: _said(a.lineno, beside, alone) for a in every}
 
 # %% ../../nbs/9_tools/01_command.ipynb #d4efaa9b
 @dataclass
@@ -45,16 +62,20 @@ class Command:
     def flag(self, name):
         "How a parameter is named in the shell."
         if self.by_place(name): return name
-        return ('--no-' if self.params[name].default is True else '--') + name.rstrip('_').replace('_', '-')
+        dashes = '--no-' if self.params[name].default is True else '--'
+        return dashes + name.rstrip('_').replace('_', '-')
 
 # %% ../../nbs/9_tools/01_command.ipynb #871a5a80
+def _switch(default, name, help):
+    "What `add_argument` is told of a bool."
+    if default:
+        return dict(action='store_false', dest=name, help=f'{help} (done unless this is given)')
+    return dict(action='store_true', dest=name, help=help)
+
 def _argument(command, name, help):
     "What `add_argument` is told of a parameter beside its name."
     p, empty = command.params[name], inspect.Parameter.empty
-    if p.annotation is bool:
-        if p.default:
-            return dict(action='store_false', dest=name, help=f'{help} (done unless this is given)')
-        return dict(action='store_true', dest=name, help=help)
+    if p.annotation is bool: return _switch(p.default, name, help)
     default = None if p.default is empty else p.default
     if default is not None: help += ' (default: %(default)s)'
     out = dict(type=str if p.annotation is empty else p.annotation, help=help, default=default)
@@ -62,6 +83,7 @@ def _argument(command, name, help):
     elif name in command.place: out['nargs'] = '?'
     return out if command.by_place(name) else out | dict(dest=name)
 
+# %% ../../nbs/9_tools/01_command.ipynb #b69991b3
 def arguments(
     command:Command,
     prog:str, # name that the help shows
@@ -87,16 +109,18 @@ def command(
         return f
     return register
 
+def _dashed(arg):
+    "An argument whose flag is written with dashes; values stay as they are."
+    flag, equals, value = arg.partition('=')
+    return flag.replace('_', '-') + equals + value if flag.startswith('--') else arg
+
 def parse(
     name:str, # of a command
     argv, # its arguments
 )->dict: # the function's keyword arguments
     "The arguments of a command line."
-    def dashed(arg):
-        flag, equals, value = arg.partition('=')
-        return flag.replace('_', '-') + equals + value if flag.startswith('--') else arg
     if name not in COMMANDS: find('command', name)
-    return vars(arguments(COMMANDS[name], name).parse_args([*map(dashed, argv)]))
+    return vars(arguments(COMMANDS[name], name).parse_args([*map(_dashed, argv)]))
 
 # %% ../../nbs/9_tools/01_command.ipynb #99a9314b
 def no_bars():

@@ -10,22 +10,51 @@ from .command import command
 from .train import data_source
 from ..registry import entries, find
 
-# %% ../../nbs/9_tools/05_data.ipynb #5bb72181
+# %% ../../nbs/9_tools/05_data.ipynb #6bb72181
+def _counts(part):
+    "{what: how many} of the rows of a split, in the order of the summary."
+    boxes, masks = part.boxes.map(len), part['mask'].map(len)
+    files = sum(bool(f) for m in part['mask'] for f in m)
+    counts = dict(images=len(part), classes=part.label[part.label >= 0].nunique(),
+                  boxes=int(boxes.sum()), masks=files)
+    empty, unseen = int((part['mask'] == ('',)).sum()), int((boxes.eq(0) & masks.eq(0)).sum())
+    if empty: counts['images without foreground'] = empty
+    if 0 < unseen < len(part): counts['not annotated'] = unseen
+    if 'video' in part: counts.update(shots=part['shot'].nunique(), videos=part.video.nunique())
+    return counts
+
 def _summary(df):
     "A line a split: images, classes, boxes, masks; shots and videos where there are."
-    for s, part in df.groupby('split', sort=False):
-        files, empty = sum(bool(f) for m in part['mask'] for f in m), int((part['mask'] == ('',)).sum())
-        counts = dict(images=len(part), classes=part.label[part.label >= 0].nunique(), boxes=int(part.boxes.map(len).sum()), masks=files)
-        unseen = int((part.boxes.map(len).eq(0) & part['mask'].map(len).eq(0)).sum())
-        if empty: counts['images without foreground'] = empty
-        if 0 < unseen < len(part): counts['not annotated'] = unseen
-        if 'video' in df: counts.update(shots=part['shot'].nunique(), videos=part.video.nunique())
-        yield f'{s:>8}: ' + ', '.join(f'{n} {what}' for what, n in counts.items())
+    for split, part in df.groupby('split', sort=False):
+        yield f'{split:>8}: ' + ', '.join(f'{n} {what}' for what, n in _counts(part).items())
+
+# %% ../../nbs/9_tools/05_data.ipynb #6bfcfcf4
+def _synth(root, world, seed, overwrite, counts):
+    "Write a world; its manifest."
+    from wsol_nb.core import expect
+    from wsol_nb.data.metadata import read_metadata
+    from wsol_nb.data.worlds.disk import write_world
+    worlds = {n.removesuffix('World').lower(): n for n in entries('world')}
+    expect(world in worlds, 'world', world, ' or '.join(worlds))
+    kind = find('world', worlds[world])
+    counts = {k: v for k, v in counts.items() if v is not None}
+    write_world(root=root, world=kind(), seed=seed, overwrite=overwrite, **counts)
+    return read_metadata(root, kind.dataset)
 
 def _class_ids(text):
     "Class ids from '0' or '0,3'."
     try: return [int(i) for i in str(text).split(',')]
-    except ValueError: raise ValueError(f'negative={text!r}: expected class ids, e.g. 0 or 0,3') from None
+    except ValueError:
+        raise ValueError(f'negative={text!r}: expected class ids, e.g. 0 or 0,3') from None
+
+def _manifest(root, dataset, negative, reach):
+    "The manifest of a dataset as it is, with what is wrong left in."
+    from wsol_nb.data.formats import folder_manifest
+    from wsol_nb.data.metadata import read_metadata
+    source = data_source(root, dataset)
+    if negative is not None: negative = _class_ids(negative)
+    if source['kind'] == 'folder': return folder_manifest(root)
+    return read_metadata(root, source['dataset'], strict=False, negative=negative, reach=reach)
 
 # %% ../../nbs/9_tools/05_data.ipynb #7fe3466c
 @command(failed=lambda found: 'problem' in found and len(found))
@@ -34,34 +63,29 @@ def wsol_data(
     root:str, # folder to write to, or to check
     dataset:str=None, # the dataset to check, where the root has several
     n_train:int=None, n_val:int=None, n_test:int=None, # images of a world; default: its own
-    world:str='objects', # objects (creatures with an emblem) or tissue (stained glands, and images without any)
+    # objects (creatures with an emblem) or tissue (stained glands, and images without any)
+    world:str='objects',
     seed:int=0, # of a world
     overwrite:bool=False, # replace another world
     images:bool=True, # check: decode every image
-    negative:str=None, # check: class ids, 0 or 0,3, whose images have no foreground by definition
-    reach:float=None, # check: pixels by which a box may leave its image, to be cut; default: the dataset's own
+    # check: class ids, 0 or 0,3, whose images have no foreground by definition
+    negative:str=None,
+    # check: pixels by which a box may leave its image, to be cut; default: the dataset's own
+    reach:float=None,
 ):
-    "`wsol_data synth FOLDER` writes a synthetic world; `wsol_data check FOLDER` names everything wrong with a dataset."
+    "`wsol_data synth FOLDER` writes a synthetic world; " \
+    "`wsol_data check FOLDER` names everything wrong with a dataset."
+    from wsol_nb.core import expect
     from wsol_nb.data.check import check_manifest
-    from wsol_nb.data.formats import folder_manifest
-    from wsol_nb.data.metadata import read_metadata
-    if command == 'synth':
-        from wsol_nb.data.worlds.disk import write_world
-        worlds = {n.removesuffix('World').lower(): n for n in entries('world')}
-        if world not in worlds: raise ValueError(f'world={world!r}: expected {" or ".join(worlds)}')
-        kind, counts = find('world', worlds[world]), dict(n_train=n_train, n_val=n_val, n_test=n_test)
-        counts = {k: v for k, v in counts.items() if v is not None}
-        write_world(root=root, world=kind(), seed=seed, overwrite=overwrite, **counts)
-        df = read_metadata(root, kind.dataset)
-    elif command == 'check':
-        s = data_source(root, dataset)
-        negative = None if negative is None else _class_ids(negative)
-        df = read_metadata(root, s['dataset'], strict=False, negative=negative, reach=reach) if s['kind'] == 'metadata' else folder_manifest(root)
-    else: raise ValueError(f'command={command!r}: expected synth or check')
+    expect(command in ('synth', 'check'), 'command', command, 'synth or check')
+    counts = dict(n_train=n_train, n_val=n_val, n_test=n_test)
+    if command == 'synth': df = _synth(root, world, seed, overwrite, counts)
+    else: df = _manifest(root, dataset, negative, reach)
     print('\n'.join(_summary(df)))
     for note in df.attrs.get('notes', []): print(f'note: {note}')
     if command == 'synth': return df
     problems = check_manifest(df, images=images, progress=len(df) > 500)
     for p in problems.itertuples(): print(f'{p.where}: {p.problem}')
-    print(f'{len(problems)} problem{"s" if len(problems) != 1 else ""}' if len(problems) else 'no problem found')
+    n = len(problems)
+    print(f'{n} problem{"s" if n != 1 else ""}' if n else 'no problem found')
     return problems

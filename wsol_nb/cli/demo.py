@@ -8,12 +8,15 @@ __all__ = ['wsol_demo']
 # %% ../../nbs/9_tools/06_demo.ipynb #a6fffd46
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from .command import command
 
 # %% ../../nbs/9_tools/06_demo.ipynb #fff49c33
-DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3) # from scratch, a minute on a CPU core
-DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, views=1), epochs=5, lr=3e-3) # chosen on the world's val split
+# from scratch, a minute on a CPU core
+DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3)
+# chosen on the world's val split
+DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, views=1), epochs=5, lr=3e-3)
 
 def _demo_run(run, data, method, epochs, lr, opt, wd, arch=None, stride=None):
     "Train, save with the τ of the val boxes, score on test: the report and its localizer."
@@ -27,28 +30,89 @@ def _demo_run(run, data, method, epochs, lr, opt, wd, arch=None, stride=None):
     learn, _ = fit_run(dict(schema=1, **net, data=data, train=train), run)
     return score_run(load_run(run, learn.dls.device), learn.dls, 'test', progress=False)
 
+# %% ../../nbs/9_tools/06_demo.ipynb #ce6489f9
+def _demo_cam(out, data, epochs):
+    "The classifier's report, and its localizer."
+    from wsol_nb.train.method import GAP
+    d = DEMO
+    net = dict(arch=d['arch'], stride=d['stride'])
+    epochs = epochs or d['epochs']
+    return _demo_run(out/'run', data, GAP(), epochs, d['lr'], 'adamw', .05, **net)
+
+def _demo_fcam(out, data, epochs):
+    "F-CAM's report, and its localizer."
+    from wsol_nb.dense.fcam import FCAM
+    f, flips = DEMO_FCAM, data | dict(resize=data['size'])
+    method = FCAM(stage1=out/'run', **f['method'])
+    return _demo_run(out/'run-fcam', flips, method, epochs or f['epochs'], f['lr'], 'adam', 0.)
+
+def _demo_untrained(dls):
+    "The report of the classifier's net before it is trained."
+    from wsol_nb.scoring.loop import evaluate
+    from wsol_nb.train.learner import wsol_learner
+    learn = wsol_learner(dls, arch=DEMO['arch'], stride=DEMO['stride'])
+    how = dict(tau_from=None, bootstrap=0, progress=False)
+    return evaluate(learn.localizer(), dls, 'test', **how)
+
 # %% ../../nbs/9_tools/06_demo.ipynb #f5fe7a43
+_HEAD = ('CAM', 'τ', 'F-CAM', 'τ', 'untrained', 'centre box')
+_NONE = SimpleNamespace(value=None, tau=None) # a row that a report does not have
+
+def _cell(value, form='.1f'):
+    "A number, or nothing, in a column."
+    return f'{"" if value is None else format(value, form):>11}'
+
 def _demo_table(cam, fcam, untrained):
     "CAM beside F-CAM beside an untrained net beside the centre box, as text."
-    cell = lambda v, f='.1f': format('' if v is None else format(v, f), '>11')
-    others = [{r.name: r for r in o.rows()} for o in (fcam, untrained)]
-    lines = [f'{"":<42}' + ''.join(f'{h:>11}' for h in ('CAM', 'τ', 'F-CAM', 'τ', 'untrained', 'centre box'))]
+    by_name = [{r.name: r for r in report.rows()} for report in (fcam, untrained)]
+    lines = [' '*42 + ''.join(map('{:>11}'.format, _HEAD))]
     for r in cam.rows():
-        f, u = (o.get(r.name) for o in others)
-        lines.append(f'{r.name:<42}{cell(r.value)}{cell(r.tau, ".3f")}{cell(f and f.value)}{cell(f and f.tau, ".3f")}{cell(u and u.value)}{cell(r.centre)}')
+        f, u = (rows.get(r.name, _NONE) for rows in by_name)
+        cells = [_cell(r.value), _cell(r.tau, '.3f'), _cell(f.value), _cell(f.tau, '.3f')]
+        lines.append(f'{r.name:<42}' + ''.join(cells) + _cell(u.value) + _cell(r.centre))
     return '\n'.join(lines)
+
+# %% ../../nbs/9_tools/06_demo.ipynb #e7d11da5
+def _at_half(report):
+    "How much of the object the box at half the maximum holds, %."
+    return next(r.value for r in report.rows() if r.name.endswith('at τ=.5'))
 
 def _demo_lesson(cam, fcam):
     "What the figures say, in words."
     m, f = (r.boxes['max_box_acc'] for r in (cam, fcam))
-    half, covered = (next(x.value for x in r.rows() if x.name.endswith('at τ=.5')) for r in (cam, fcam))
+    half, covered = _at_half(cam), _at_half(fcam)
     if m['0.3']['value'] < cam.centre['max_box_acc']['0.3']['value'] + 10 or half > 60:
-        return 'Too little training for the lesson: CAM is not yet well above the centre box with a map on a part of the object.'
-    first = (f"Trained on labels alone, CAM finds the objects (MaxBoxAcc {m['0.3']['value']:.0f} at δ .3), but it looks at the small part that tells the classes apart: "
-             f"where its map is above half its maximum, the box holds {half:.0f} % of the object. ")
-    gain = f['0.5']['value'] - m['0.5']['value']
-    return first + (f"F-CAM learns from ten pixels of that map on each side and from colours: its box at τ .5 holds {covered:.0f} %, and MaxBoxAcc at δ .5 "
-                    f"{'rises' if gain > 0 else 'does not rise'}, from {m['0.5']['value']:.0f} to {f['0.5']['value']:.0f}.")
+        return ('Too little training for the lesson: CAM is not yet well above the centre box '
+                'with a map on a part of the object.')
+    before, after = m['0.5']['value'], f['0.5']['value']
+    rises = 'rises' if after - before > 0 else 'does not rise'
+    return (f"Trained on labels alone, CAM finds the objects (MaxBoxAcc {m['0.3']['value']:.0f} at "
+            'δ .3), but it looks at the small part that tells the classes apart: '
+            f'where its map is above half its maximum, the box holds {half:.0f} % of the object. '
+            'F-CAM learns from ten pixels of that map on each side and from colours: '
+            f'its box at τ .5 holds {covered:.0f} %, and MaxBoxAcc at δ .5 '
+            f'{rises}, from {before:.0f} to {after:.0f}.')
+
+# %% ../../nbs/9_tools/06_demo.ipynb #bccc7a2b
+def _demo_world(out, n_train, n_test, seed):
+    "The loaders of a world that is written anew."
+    from wsol_nb.data.loaders import WSOLDataLoaders
+    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v}
+    how = dict(size=DEMO['size'], bs=DEMO['bs'], seed=seed)
+    world = counts | {'overwrite': True}
+    dls = WSOLDataLoaders.from_synth(out/'data', world_kw=world, **how)
+    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; '
+          f'{len(dls.localizable("test"))} test images with true boxes and masks')
+    return dls, dict(kind='metadata', root=str(out/'data'), dataset='SYNTH', roles={}) | how
+
+def _demo_page(out, dls, cam, fcam, told):
+    "Write the page: what is told, where CAM fails, F-CAM on the same images, and F-CAM's report."
+    from wsol_nb.show import contact_sheet, examples, write_report
+    worst = cam[0].images.image_id[:12].tolist()
+    sheets = [contact_sheet(examples(maps, dls, r, 12, worst)) for r, maps in (cam, fcam)]
+    fails = ('Where CAM fails', sheets[0], 'F-CAM on the same images:', sheets[1])
+    return write_report(out/'report.html', *fcam, dls,
+                        'wsol_nb demo: CAM and F-CAM on a synthetic world', before=[told, fails])
 
 # %% ../../nbs/9_tools/06_demo.ipynb #4342d911
 @command()
@@ -58,31 +122,22 @@ def wsol_demo(
     n_train:int=None, n_test:int=None, # images; default: the world's own
     seed:int=42, # of training
 ):
-    "Write a synthetic world, train a CAM classifier from scratch, then F-CAM on its maps, and show where they look."
+    "Write a synthetic world, train a CAM classifier from scratch, then F-CAM on its maps, " \
+    "and show where they look."
     import time
-    from wsol_nb.data.loaders import WSOLDataLoaders
-    from wsol_nb.dense.fcam import FCAM
-    from wsol_nb.train.learner import wsol_learner
-    from wsol_nb.train.method import GAP
-    from wsol_nb.scoring.loop import evaluate
     from wsol_nb.scoring.report import ledger_text
-    from wsol_nb.show import contact_sheet, examples, write_report
-    start, out, d, f = time.time(), Path(out), DEMO, DEMO_FCAM
-    counts = {k: v for k, v in dict(n_train=n_train, n_test=n_test).items() if v} | {'overwrite': True}
-    dls = WSOLDataLoaders.from_synth(out/'data', world_kw=counts, size=d['size'], bs=d['bs'], seed=seed)
-    print(f'world: {len(dls.train_ds)} training images with a label each, {dls.c} classes; {len(dls.localizable("test"))} test images with true boxes and masks')
-    net = dict(arch=d['arch'], stride=d['stride'])
-    untrained = evaluate(wsol_learner(dls, **net).localizer(), dls, 'test', tau_from=None, bootstrap=0, progress=False)
+    start, out = time.time(), Path(out)
+    dls, data = _demo_world(out, n_train, n_test, seed)
+    untrained = _demo_untrained(dls)
     print('1 · CAM: a classifier from scratch')
-    data = dict(kind='metadata', root=str(out/'data'), dataset='SYNTH', roles={}) | {k: d[k] for k in ('size', 'bs')} | dict(seed=seed)
-    cam, cam_maps = _demo_run(out/'run', data, GAP(), epochs or d['epochs'], d['lr'], 'adamw', .05, **net)
+    cam, cam_maps = _demo_cam(out, data, epochs)
     print('2 · F-CAM: a decoder on the frozen classifier, from seeds in its maps')
-    flips = data | dict(resize=d['size'])
-    fcam, maps = _demo_run(out/'run-fcam', flips, FCAM(stage1=out/'run', **f['method']), epochs or f['epochs'], f['lr'], 'adam', 0.)
-    for name, r in (('', cam), ('-fcam', fcam), ('-untrained', untrained)): r.save(out/f'report{name}.json')
-    lesson, table, worst = _demo_lesson(cam, fcam), _demo_table(cam, fcam, untrained), cam.images.image_id[:12].tolist()
-    sheets = [contact_sheet(examples(loc, dls, r, 12, worst)) for loc, r in ((cam_maps, cam), (maps, fcam))]
-    page = write_report(out/'report.html', fcam, maps, dls, 'wsol_nb demo: CAM and F-CAM on a synthetic world',
-                        before=[('What happened', lesson, f'<pre>{table}</pre>'), ('Where CAM fails', sheets[0], 'F-CAM on the same images:', sheets[1])])
-    print(f'{table}\n\nF-CAM by source of τ and epoch:\n{ledger_text(fcam.ledger)}\n\n{lesson}\n\n{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run-fcam PHOTO')
+    fcam, maps = _demo_fcam(out, data, epochs)
+    for name, r in (('', cam), ('-fcam', fcam), ('-untrained', untrained)):
+        r.save(out/f'report{name}.json')
+    lesson, table = _demo_lesson(cam, fcam), _demo_table(cam, fcam, untrained)
+    told = ('What happened', lesson, f'<pre>{table}</pre>')
+    page = _demo_page(out, dls, (cam, cam_maps), (fcam, maps), told)
+    print(f'{table}\n\nF-CAM by source of τ and epoch:\n{ledger_text(fcam.ledger)}\n\n{lesson}\n\n'
+          f'{time.time() - start:.0f} s; look at {page}; try: wsol_localize {out}/run-fcam PHOTO')
     return fcam

@@ -6,36 +6,78 @@
 __all__ = ['localize_photo', 'wsol_localize']
 
 # %% ../../nbs/9_tools/04_localize.ipynb #24e4b346
+import math
 from pathlib import Path
 
 from .command import command
+
+# %% ../../nbs/9_tools/04_localize.ipynb #79ed09aa
+def _threshold(config, tau):
+    "(τ, where it came from): given, found on validation boxes, or .2."
+    from wsol_nb.core import expect
+    kept = config.get('tau', dict(value=.2, source='default'))
+    if tau is None: return kept['value'], kept['source']
+    expect(0 <= tau < 1, 'tau', tau, '0 <= tau < 1')
+    return tau, 'given'
+
+# %% ../../nbs/9_tools/04_localize.ipynb #e6d00854
+def _shape_of_map(width, height):
+    "(w, h) of the map of a photo: its shape, with at most 1024 pixels a side."
+    shrink = max(1, max(width, height)/1024)
+    return tuple(max(1, round(side/shrink)) for side in (width, height))
+
+def _photo_box(box, shape, size):
+    "The tight box from a map of `shape` (w,h), in a photo of `size` (W,H): all pixels it touches."
+    x0, y0, x1, y1 = box
+    fx, fy = size[0]/shape[0], size[1]/shape[1]
+    right, low = math.ceil((x1 + 1)*fx), math.ceil((y1 + 1)*fy)
+    return [int(x0*fx), int(y0*fy), min(right, size[0]) - 1, min(low, size[1]) - 1]
+
+# %% ../../nbs/9_tools/04_localize.ipynb #31416b8c
+def _look(run, img):
+    "(class index, its probability, map in [0,1]) of a PIL image."
+    from wsol_nb.data.geometry import apply_geometry, to_tensor
+    from wsol_nb.localize.maps import to_score_maps
+    loc, device = run.localizer(), next(run.model.parameters()).device
+    x = to_tensor(apply_geometry(img, run.config['data']['size']))[None].to(device)
+    raw = loc.raw(x)
+    prob, c = loc.logits.softmax(1)[0].max(0)
+    w, h = _shape_of_map(*img.size)
+    return int(c), float(prob), to_score_maps(raw, (h, w), loc.preset)[0].cpu().numpy()
 
 # %% ../../nbs/9_tools/04_localize.ipynb #3bff938f
 def localize_photo(
     run, # a `Run`
     photo, # image file
     tau:float=None, # map threshold; None: that of the run's validation boxes, else .2
-)->dict: # photo, class_name, prob, box (in the photo's pixels; None where the map says nothing), tau, tau_source, image, score_map
+# photo, class_name, prob, box (in the photo's pixels; None where the map says nothing),
+# tau, tau_source, image, score_map
+)->dict:
     "Class, probability and tight box of a photo, in its own pixels."
     import numpy as np
     from wsol_nb.core import read_image
-    from wsol_nb.data.geometry import apply_geometry, to_tensor
-    from wsol_nb.localize.maps import to_score_maps
     from wsol_nb.metrics.contours import map_boxes
-    if tau is not None and not 0 <= tau < 1: raise ValueError(f'tau={tau}: expected 0 <= tau < 1')
-    kept = run.config.get('tau', dict(value=.2, source='default'))
-    tau, source = (kept['value'], kept['source']) if tau is None else (tau, 'given')
-    img, loc = read_image(photo, exif=True), run.localizer()
-    x = to_tensor(apply_geometry(img, run.config['data']['size']))[None].to(next(run.model.parameters()).device)
-    raw = loc.raw(x)
-    prob, c = loc.logits.softmax(1)[0].max(0)
-    shrink = max(1, max(img.size)/1024) # a map needs no more than 1024 pixels a side
-    w, h = (max(1, round(s/shrink)) for s in img.size)
-    s = to_score_maps(raw, (h, w), loc.preset)[0].cpu().numpy()
-    x0, y0, x1, y1 = map_boxes(s, [tau], tight=True)[0][0]
-    fx, fy = img.width/w, img.height/h
-    box = None if not s.any() else np.array([int(x0*fx), int(y0*fy), min(int(np.ceil((x1 + 1)*fx)), img.width) - 1, min(int(np.ceil((y1 + 1)*fy)), img.height) - 1])
-    return dict(photo=str(photo), class_name=run.config['class_names'][int(c)], prob=float(prob), box=box, tau=tau, tau_source=source, image=img, score_map=s)
+    tau, source = _threshold(run.config, tau)
+    img = read_image(photo, exif=True)
+    c, prob, s = _look(run, img)
+    found = map_boxes(s, [tau], tight=True)[0][0]
+    box = np.array(_photo_box(found, s.shape[::-1], img.size)) if s.any() else None
+    return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob, box=box,
+                tau=tau, tau_source=source, image=img, score_map=s)
+
+# %% ../../nbs/9_tools/04_localize.ipynb #11694089
+def _overlay_file(out, photo, before):
+    "Where the overlay of a photo goes; `before` are the photos that have theirs."
+    stem = Path(photo).stem
+    again = sum(Path(p).stem == stem for p in before)
+    return str(Path(out)/f'{stem}-overlay{f"-{again + 1}" if again else ""}.jpg')
+
+def _line(f):
+    "What is printed of a photo."
+    if f['box'] is None: where = 'no object found'
+    else: where = 'box x {}–{}, y {}–{}'.format(*f['box'][[0, 2, 1, 3]])
+    return (f"{f['photo']}: {f['class_name']}, probability {f['prob']:.2f}, {where} "
+            f"(τ {f['tau']:.3f}, {f['tau_source']}) → {f['overlay']}")
 
 # %% ../../nbs/9_tools/04_localize.ipynb #150a9d91
 @command(several=('photos',))
@@ -50,18 +92,16 @@ def wsol_localize(
     from wsol_nb.registry import import_file
     if import_: import_file(import_)
     from PIL import Image
-    from wsol_nb.train.run import load_run
     from wsol_nb.show import BLUE, draw_boxes, overlay
+    from wsol_nb.train.run import load_run
     r, found = load_run(run), []
     Path(out).mkdir(parents=True, exist_ok=True)
     for photo in [photos] if isinstance(photos, (str, Path)) else photos:
         f = localize_photo(r, photo, tau)
-        shown, box = overlay(f.pop('image'), f.pop('score_map')), f['box']
-        stem = Path(photo).stem
-        again = sum(Path(o['photo']).stem == stem for o in found) # photos of one name in different folders
-        f['overlay'] = str(Path(out)/f'{stem}-overlay{f"-{again + 1}" if again else ""}.jpg')
-        Image.fromarray(shown if box is None else draw_boxes(shown, box[None], BLUE)).save(f['overlay'], quality=92)
-        where = 'no object found' if box is None else 'box x {}–{}, y {}–{}'.format(*box[[0, 2, 1, 3]])
-        print(f"{photo}: {f['class_name']}, probability {f['prob']:.2f}, {where} (τ {f['tau']:.3f}, {f['tau_source']}) → {f['overlay']}")
+        shown = overlay(f.pop('image'), f.pop('score_map'))
+        if f['box'] is not None: shown = draw_boxes(shown, f['box'][None], BLUE)
+        f['overlay'] = _overlay_file(out, photo, [o['photo'] for o in found])
+        Image.fromarray(shown).save(f['overlay'], quality=92)
+        print(_line(f))
         found.append(f)
     return found

@@ -25,10 +25,25 @@ def _plain(o):
     "Nested state with plain tensors and python numbers, so that it loads without unpickling."
     if isinstance(o, dict): return {k: _plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor) # not fastai's own tensor type
+    if isinstance(o, torch.Tensor):
+        return o.detach().as_subclass(torch.Tensor) # not fastai's own tensor type
     return o.item() if isinstance(o, np.generic) else o
 
-def _trackers(learn): return [cb for cb in learn.cbs if hasattr(cb, 'monitor') and hasattr(cb, 'best')]
+# %% ../../nbs/2_training/09_checkpoint.ipynb #4afa7565
+def _trackers(learn):
+    return [cb for cb in learn.cbs if hasattr(cb, 'monitor') and hasattr(cb, 'best')]
+
+def _state(learn, epoch, n_epoch):
+    "What must be known to go on after an epoch."
+    smooth = learn.recorder.smooth_loss
+    return dict(model=unwrap(learn.model).state_dict(), rows=_plain(learn.rows),
+                opt=_plain(learn.opt.state_dict()), epoch=epoch, n_epoch=n_epoch,
+                best=[_plain(t.best) for t in _trackers(learn)],
+                smooth=_plain([smooth.count, smooth.val]))
+
+def _epoch_is_done(learn):
+    "Whether an epoch of training has ended, here in the main process; `lr_find` trains none."
+    return learn.in_fit and not hasattr(learn, 'lr_finder') and not rank_distrib()
 
 # %% ../../nbs/2_training/09_checkpoint.ipynb #6c745a4b
 class Checkpoint(Callback):
@@ -40,20 +55,22 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.learn.first_epoch: self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = self.smooth
+        if self.learn.first_epoch:
+            smooth = self.recorder.smooth_loss
+            smooth.count, smooth.val = self.smooth
 
     def after_epoch(self):
-        if not self.learn.in_fit or hasattr(self.learn, 'lr_finder') or rank_distrib(): return
+        if not _epoch_is_done(self.learn): return
         write_history(self.learn, self.path)
-        state = dict(model=unwrap(self.learn.model).state_dict(), rows=_plain(self.learn.rows), opt=_plain(self.opt.state_dict()), epoch=self.epoch, n_epoch=self.n_epoch,
-                     best=[_plain(t.best) for t in _trackers(self.learn)], smooth=_plain([self.recorder.smooth_loss.count, self.recorder.smooth_loss.val]))
+        state = _state(self.learn, self.epoch, self.n_epoch)
         with whole_file(self.path/'checkpoint.pt') as part: torch.save(state, part)
 
+# %% ../../nbs/2_training/09_checkpoint.ipynb #da315899
 def resume(
     learn:WSOLLearner, # made as the interrupted one was, with a `Checkpoint`
     path, # its run folder
 )->int: # epochs already done
-    "Put the last checkpoint back; the next `fit` goes on from there. Without a checkpoint it starts at 0."
+    "Put the last checkpoint back, if there is one; the next `fit` goes on from there."
     file, cb = Path(path)/'checkpoint.pt', learn.checkpoint
     if not file.is_file(): return 0
     state = torch.load(file, map_location=learn.dls.device, weights_only=True)
@@ -65,32 +82,47 @@ def resume(
     learn.rows, cb.smooth = state['rows'], state['smooth']
     return learn.first_epoch
 
-# %% ../../nbs/2_training/09_checkpoint.ipynb #89fd18db
+# %% ../../nbs/2_training/09_checkpoint.ipynb #8e3336dd
+def _selection(path):
+    "What selection.json in a run folder says; nothing where there is none."
+    file = Path(path)/'selection.json'
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+def _improved(row, columns, best):
+    "What to note of an epoch whose value beats the best one so far, or None."
+    column = next((c for c in columns if c in row), None)
+    if column is None or not row[column] > best.get('value', -math.inf): return None
+    return dict(epoch=row['epoch'], column=column, value=float(row[column]))
+
+# %% ../../nbs/2_training/09_checkpoint.ipynb #ed8eb901
 class KeepBest(Callback):
-    "Keeps the weights of the epochs that are best by truth (`loc`) and by accuracy (`cl`), the first of equal ones, in a run folder."
+    "Keeps the weights of the epochs best by truth (`loc`), best by accuracy (`cl`), and last."
     order = Recorder.order + 2 # the row of the epoch is there
-    watched = dict(loc=('max_box_acc', 'pxap'), cl=('accuracy',)) # the first of these columns that is there
+    watched = dict(loc=('max_box_acc', 'pxap'), cl=('accuracy',)) # the first of them that is there
     def __init__(self,
         path, # run folder
     ): self.path = Path(path)
 
     def before_fit(self):
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.learn.rows: self.best = {}
-        else: self.best = json.loads((self.path/'selection.json').read_text()) if (self.path/'selection.json').is_file() else {}
+        self.best = _selection(self.path) if self.learn.rows else {}
 
     def after_epoch(self):
-        if not self.learn.in_fit or hasattr(self.learn, 'lr_finder') or rank_distrib(): return
+        if not _epoch_is_done(self.learn): return
         row = self.learn.rows[-1]
-        for name, columns in self.watched.items():
-            column = next((c for c in columns if c in row), None)
-            if name not in self.learn.method.selects or column is None or not row[column] > self.best.get(name, {}).get('value', -math.inf): continue
-            self.best[name] = dict(epoch=row['epoch'], column=column, value=float(row[column]))
-            save_weights(self.learn.model, self.path/f'select-{name}.safetensors')
+        for name in self.watched:
+            if name in self.learn.method.selects: self._look(name, row)
         self.best |= dict(last=dict(epoch=row['epoch']), kept='last')
         save_weights(self.learn.model, self.path/'select-last.safetensors')
         write_json(self.path/'selection.json', self.best)
 
+    def _look(self, name, row):
+        "Keep the weights if the epoch of `row` is the best by `name` so far."
+        if not (best := _improved(row, self.watched[name], self.best.get(name, {}))): return
+        self.best[name] = best
+        save_weights(self.learn.model, self.path/f'select-{name}.safetensors')
+
+# %% ../../nbs/2_training/09_checkpoint.ipynb #9f2e7aa0
 def keep(
     learn:WSOLLearner, # trained with `KeepBest`
     path, # its run folder
@@ -98,8 +130,10 @@ def keep(
 ):
     "Put the weights of a selected epoch into the model; `save_run` then keeps them."
     from safetensors.torch import load_file
-    file, log = Path(path)/f'select-{select}.safetensors', Path(path)/'selection.json'
-    best = json.loads(log.read_text()) if log.is_file() else {}
-    if select not in best or not file.is_file(): raise ValueError(f'select={select!r}: {path} keeps {", ".join(k for k in best if k != "kept") or "no epoch; was it trained with KeepBest?"}')
+    file, best = Path(path)/f'select-{select}.safetensors', _selection(path)
+    if select not in best or not file.is_file():
+        kept = ', '.join(k for k in best if k != 'kept')
+        raise ValueError(f'select={select!r}: {path} keeps '
+                         f'{kept or "no epoch; was it trained with KeepBest?"}')
     unwrap(learn.model).load_state_dict(load_file(file))
-    write_json(log, best | dict(kept=select))
+    write_json(Path(path)/'selection.json', best | dict(kept=select))

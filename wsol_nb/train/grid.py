@@ -27,6 +27,7 @@ def merged(
         out[k] = merged(out[k], v) if deep else v
     return out
 
+# %% ../../nbs/2_training/13_grid.ipynb #f3306079
 def combinations(
     base:dict, # config that all share
     **axes # name of an axis -> {value: change of the config}
@@ -50,13 +51,18 @@ def run_folder(
     words = re.sub(r'[^\w.=-]+', '', '-'.join(map(str, key.values())))
     return Path(runs)/f'{words}-{hashlib.sha256(text.encode()).hexdigest()[:10]}'
 
-# %% ../../nbs/2_training/13_grid.ipynb #bdb71b8b
+# %% ../../nbs/2_training/13_grid.ipynb #5e74fac4
 def _job(key, config, folder, score):
     "The rows of one job, trained as far as it is not."
     done = folder/'model.safetensors'
     if not done.is_file(): fit_run(config, folder, progress=False)
     return [key | row for row in score(load_run(folder))]
 
+def _why(error):
+    "An exception as the last lines of its traceback say it."
+    return ''.join(traceback.format_exception_only(error)).strip()
+
+# %% ../../nbs/2_training/13_grid.ipynb #930e79e3
 def run_grid(
     jobs:list, # of (key, config), e.g. from `combinations`
     runs, # folder of the runs
@@ -79,5 +85,5 @@ def run_grid(
         except Timeout: say(f'{key}: another process works on it')
         except Exception as e:
             failed.append((key, e))
-            say(f'{key} failed: {"".join(traceback.format_exception_only(e)).strip()}')
+            say(f'{key} failed: {_why(e)}')
     return failed

@@ -14,6 +14,29 @@ from ..show import contact_sheet, examples, plot_curve
 from .learner import WSOLLearner
 from .run import Run, load_run
 
+# %% ../../nbs/2_training/10_interpret.ipynb #8d09f744
+def _kept_epochs(run):
+    "{selection: its epoch, or None where that is not known}, the one that is kept first."
+    file, own = run.path/'selection.json', run.config.get('train', {}).get('select')
+    if file.is_file(): best = json.loads(file.read_text())
+    else: best = {own: None} if own else {}
+    own = best.pop('kept', own)
+    names = sorted(best, key=lambda name: (name != own, name))
+    return {name: best[name]['epoch'] if best[name] else None for name in names}
+
+# %% ../../nbs/2_training/10_interpret.ipynb #eb3c52ec
+def _chosen_by(ledger, name, epoch, roles):
+    "Ledger rows under a choice of epoch: its name, and its annotations before those of τ."
+    used = dict(last=None, loc=f"{roles['tune']} truth for the epoch",
+                cl=f"{roles['valid']} labels for the epoch")[name]
+    title = dict(last='last', loc='B-LOC', cl='B-CL')[name]
+    if epoch is not None: title += f' ({epoch + 1})'
+    rows = []
+    for r in ledger:
+        beyond = [u for u in (used, r['used']) if u and u != 'nothing']
+        rows.append(r | dict(selection=title, used=', '.join(beyond) or 'nothing'))
+    return rows
+
 # %% ../../nbs/2_training/10_interpret.ipynb #54579227
 def score_run(
     run:Run, # from `load_run`
@@ -23,28 +46,24 @@ def score_run(
     **kwargs # for `evaluate`
 ): # (the report of the kept weights, with the whole ledger; the localizer)
     "Score a run under each choice of epoch and each source of τ."
-    kept, roles = run.localizer(), dls.info.roles
-    report = evaluate(kept, dls, split, progress=progress, **kwargs)
+    kept, how = run.localizer(), kwargs | dict(progress=progress)
+    report = evaluate(kept, dls, split, **how)
     if not report.ledger: return report, kept
-    file, own = run.path/'selection.json', run.config.get('train', {}).get('select')
-    best = json.loads(file.read_text()) if file.is_file() else {own: None} if own else {}
-    own = best.pop('kept', own)
-    used = dict(last='', loc=f"{roles['tune']} truth for the epoch", cl=f"{roles['valid']} labels for the epoch")
-    title = dict(last='last', loc='B-LOC', cl='B-CL')
-    rows, done = [], {}
-    for name in sorted(best, key=lambda n: (n != own, n)):
-        epoch = best[name] and best[name]['epoch']
-        if epoch not in done: done[epoch] = report if not done else evaluate(load_run(run.path, dls.device, name).localizer(), dls, split, progress=progress, **kwargs)
-        for r in done[epoch].ledger:
-            beyond = ', '.join(filter(None, (used[name], '' if r['used'] == 'nothing' else r['used']))) or 'nothing'
-            rows.append(r | dict(selection=title[name] + ('' if epoch is None else f' ({epoch + 1})'), used=beyond))
+    rows, ledgers = [], {}
+    for name, epoch in _kept_epochs(run).items():
+        if not ledgers: ledgers[epoch] = report.ledger
+        elif epoch not in ledgers:
+            other = load_run(run.path, dls.device, name).localizer()
+            ledgers[epoch] = evaluate(other, dls, split, **how).ledger
+        rows += _chosen_by(ledgers[epoch], name, epoch, dls.info.roles)
     if rows: report.ledger = rows
     return report, kept
 
 # %% ../../nbs/2_training/10_interpret.ipynb #5c1bc5cf
 class LocalizationInterpretation:
     "A localizer's report on a split, with pictures."
-    def __init__(self, localizer, dls, report): self.localizer, self.dls, self.report = localizer, dls, report
+    def __init__(self, localizer, dls, report):
+        self.localizer, self.dls, self.report = localizer, dls, report
 
     @classmethod
     def from_learner(cls,
@@ -62,8 +81,10 @@ class LocalizationInterpretation:
 
     def show_results(self, n=12, ncols=6):
         "Images from worst to best localized."
-        return contact_sheet(examples(self.localizer, self.dls, self.report, n, 'spread'), ncols)
+        shown = examples(self.localizer, self.dls, self.report, n, 'spread')
+        return contact_sheet(shown, ncols)
 
     def plot_top_losses(self, n=12, ncols=6):
         "The worst localized images."
-        return contact_sheet(examples(self.localizer, self.dls, self.report, n, 'worst'), ncols)
+        shown = examples(self.localizer, self.dls, self.report, n, 'worst')
+        return contact_sheet(shown, ncols)

@@ -9,10 +9,33 @@ __all__ = ['SecondStage']
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core import expect
 from ..localize.base import unwrap
 from .learner import WSOLLearner
 from .method import Method, method_to_dict
 from .run import Run, load_run, read_config, run_config
+
+# %% ../../nbs/2_training/11_stages.ipynb #9f43398c
+def _as_run(stage):
+    "A learner or a `Run` as a `Run`."
+    if isinstance(stage, Run): return stage
+    expected = 'expected a learner, a Run or a run folder'
+    if not isinstance(stage, WSOLLearner):
+        raise TypeError(f'stage1: {expected}, got {type(stage).__name__}')
+    return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
+
+def _found(stage1):
+    "(the first stage where it is in memory, its folder) of what `stage1` names."
+    if stage1 is None: return None, None
+    if isinstance(stage1, (str, Path)): return None, str(stage1)
+    first = _as_run(stage1)
+    return first, str(first.path)
+
+def _load_first(method):
+    "The run of a method's first stage, from its folder."
+    if method.stage1 is not None: return load_run(method.stage1)
+    raise ValueError(f'stage1: {type(method).__name__} stands on a trained classifier; '
+                     'expected a learner, a Run or a run folder')
 
 # %% ../../nbs/2_training/11_stages.ipynb #88defdf8
 @dataclass
@@ -24,26 +47,23 @@ class SecondStage(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.targets != 'single': raise ValueError(f'targets={self.targets!r}: {type(self).__name__} needs one class an image')
-        self._first = None
-        if isinstance(self.stage1, (str, Path)): self.stage1 = str(self.stage1)
-        elif self.stage1 is not None:
-            self._first = _as_run(self.stage1)
-            self.stage1, self.classifier = str(self._first.path), method_to_dict(self._first.method)
-        if self.stage1 and self.classifier is None: self.classifier = read_config(self.stage1)['method']
+        expect(self.targets == 'single', 'targets', self.targets,
+               f"'single', since {type(self).__name__} needs one class an image")
+        self._first, self.stage1 = _found(self.stage1)
+        if self._first: self.classifier = method_to_dict(self._first.method)
+        elif self.stage1 and self.classifier is None:
+            self.classifier = read_config(self.stage1)['method']
 
     @property
-    def selects(self): return ('loc',) if self.freeze else Method.selects # a frozen classifier is as accurate in every epoch
+    def selects(self): # a frozen classifier is as accurate in every epoch
+        return ('loc',) if self.freeze else Method.selects
 
     def first_stage(self):
-        if self.stage1 is None: raise ValueError(f'stage1: {type(self).__name__} stands on a trained classifier; expected a learner, a Run or a run folder')
-        if self._first is None: self._first = load_run(self.stage1)
+        "The run of the first stage, loaded when it is first asked for."
+        if self._first is None: self._first = _load_first(self)
         return self._first
 
-    def begin(self, learn): unwrap(learn.model).classifier.load_state_dict(unwrap(self.first_stage().model).state_dict())
-
-def _as_run(stage):
-    "A learner or a `Run` as a `Run`."
-    if isinstance(stage, Run): return stage
-    if not isinstance(stage, WSOLLearner): raise TypeError(f'stage1: expected a learner, a Run or a run folder, got {type(stage).__name__}')
-    return Run(Path(stage.path), run_config(stage), unwrap(stage.model), stage.method)
+    def begin(self, learn):
+        "Put what the first stage has learnt into a new learner."
+        trained = unwrap(self.first_stage().model).state_dict()
+        unwrap(learn.model).classifier.load_state_dict(trained)
