@@ -31,9 +31,9 @@ MIRRORED = {s: dict(seeds=s) for s in LOCALIZERS}
 PLAIN = {f'{s}, not mirrored': dict(seeds=s, views=1) for s in LOCALIZERS}
 VARIANTS = dict(world=ABLATION | OTHERS | NUMBERS | STATIC | WEIGHTS | SEEDS, cub=MIRRORED | PLAIN)
 COMMON = dict(world=WORLD, cub={}) # what all variants share
-FIRST = dict(world=merged(SYNTH, dict(train=dict(epochs=15))), cub=CUB) # the classifier's recipe
+FIRST = dict(world=merged(SYNTH, dict(train=dict(epochs=15))), cub=CUB) # how the classifier is trained
 SECOND = dict(world=dict(epochs=5, lr=3e-3, lr_head=3e-3),
-              cub={k: FCAM.recipe[k] for k in ('epochs', 'lr', 'lr_head')})
+              cub={k: FCAM.defaults[k] for k in ('epochs', 'lr', 'lr_head')})
 COLUMNS = ('MaxBoxAcc δ=0.3', 'MaxBoxAcc δ=0.5', 'MaxBoxAcc δ=0.7', 'MaxBoxAccV2', 'Top-1 localization δ=0.5',
            'PxAP')
 

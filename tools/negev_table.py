@@ -2,7 +2,7 @@
 
     python tools/negev_table.py {tissue,glas} [--seeds 0 1 2] [--variants NEGEV C+] [--stage1 RUN]
 
-The first stage is the CAM classifier of tools/pooling_table.py, with the recipe that stands there; it is
+The first stage is the CAM classifier of tools/pooling_table.py, trained as it says there; it is
 trained here, once a seed, or given. tissue is the tissue world with its class of normal images: each variant
 of the loss and of the sampler, the last epoch of both stages. glas needs WSOL_DATA and WSOL_WEIGHTS
 (mobilenetv2_100): train 67 images, valcl to choose an epoch by class (cl), valpx, three images a class, to

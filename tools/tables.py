@@ -1,4 +1,4 @@
-"""What the table scripts share: recipes, worlds, second stages, rows from reports, and how they are shown"""
+"""What the table scripts share: setups, worlds, second stages, rows from reports, and how they are shown"""
 import argparse
 import re
 import shlex
@@ -17,7 +17,7 @@ from wsol_nb.train.method import method_to_dict
 
 root = Path(__file__).resolve().parent.parent
 
-# Recipes: configs of `fit_run` without method, seed and, for worlds, the place of the data.
+# Setups: configs of `fit_run` without method, seed and, for worlds, the place of the data.
 
 ROLES = dict(train='train', valid=None, tune=None, test='test')
 DATA = dict(kind='metadata', root=None, resize=None, roles=ROLES) # root=None is WSOL_DATA

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import __version__
-from ..registry import find
+from ..registry import entries, find
 
 # %% ../../nbs/9_tools/01_command.ipynb #89b08580
 def _comment_lines(source):
@@ -50,10 +50,11 @@ class Command:
     place: tuple = () # parameters given by their place although they have a default
     several: tuple = () # parameters that take one value or more
     failed: object = None # callable result -> whether the exit status is 1
+    names: dict = None # {parameter: the kind of the registry whose names it takes}
 
     def __post_init__(self):
-        self.params = inspect.signature(self.f).parameters
-        for name in (*self.place, *self.several):
+        self.params, self.names = inspect.signature(self.f).parameters, self.names or {}
+        for name in (*self.place, *self.several, *self.names):
             if name not in self.params: raise ValueError(f'{self.f.__name__} has no {name!r}')
 
     def by_place(self, name):
@@ -71,6 +72,11 @@ def _switch(default, name, help):
     if default:
         return dict(action='store_false', dest=name, help=f'{help} (done unless this is given)')
     return dict(action='store_true', dest=name, help=help)
+
+def _known(command, name):
+    "The names that a parameter takes, for its help."
+    if name not in command.names: return ''
+    return '; known: ' + ', '.join(map(str.lower, entries(command.names[name])))
 
 def _argument(command, name, help):
     "What `add_argument` is told of a parameter beside its name."
@@ -93,6 +99,7 @@ def arguments(
     parser = argparse.ArgumentParser(prog, description=command.f.__doc__, formatter_class=form)
     parser.add_argument('--version', action='version', version=f'wsol_nb {__version__}')
     for name, said in comments(command.f).items():
+        said += _known(command, name)
         help = said.replace('%', '%%') # argparse fills in %(default)s and the like
         parser.add_argument(command.flag(name), **_argument(command, name, help))
     return parser
@@ -101,11 +108,11 @@ def arguments(
 COMMANDS = {} # name -> Command
 
 def command(
-    place=(), several=(), failed=None, # see `Command`
+    place=(), several=(), failed=None, names=None, # see `Command`
 ):
     "Decorator: the function is a command of its own name."
     def register(f):
-        COMMANDS[f.__name__] = Command(f, place, several, failed)
+        COMMANDS[f.__name__] = Command(f, place, several, failed, names)
         return f
     return register
 

@@ -67,11 +67,11 @@ def _data(data, dataset, recipe, first, **given):
 _YES_NO = {'true': True, 'yes': True, 'false': False, 'no': False}
 
 def _settings(method, given):
-    "The method's recipe, with what the user said in its place."
+    "The method's defaults, with what the user said in its place."
     from wsol_nb.core import expect
     from wsol_nb.train.method import OPTIMIZERS
-    said = {k: v for k, v in given.items() if v is not None or k not in method.recipe}
-    s = method.recipe | said
+    said = {k: v for k, v in given.items() if v is not None or k not in method.defaults}
+    s = method.defaults | said
     expect(s['epochs'] >= 1, 'epochs', s['epochs'], 'at least 1')
     expect(s['select'] in ('last', 'loc', 'cl'), 'select', s['select'], 'last, loc or cl')
     expect(s['opt'] in OPTIMIZERS, 'opt', s['opt'], 'sgd, adam or adamw')
@@ -116,7 +116,7 @@ def _fit(learn, train, out, resume):
           f'the settings are those of {out}/config.json')
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
-@command()
+@command(names={'method': 'method', 'seeds': 'localizer'})
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several

@@ -49,7 +49,7 @@ class NEGEV(SeededMaps):
     views: int = 4 # the mean over the image and its mirror images: tissue has no up and down
     lam: float = 1. # weight of the seeds
     negatives: bool = None # learn from negative images; None: where the data have such a class
-    recipe = SeededMaps.recipe | dict(epochs=20, bs=16, resize=None)
+    defaults = SeededMaps.defaults | dict(epochs=20, bs=16, resize=None)
 
     def __post_init__(self):
         super().__post_init__()

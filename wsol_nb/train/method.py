@@ -97,7 +97,7 @@ class Method(_Hooks):
     "How one trains and asks where. Fields are hyper-parameters; override what a paper changes."
     Head = GAPHead # class of the head; a field that is named like one of its parameters goes to it
     # how `wsol_train` trains it, unless told otherwise
-    recipe = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10,
+    defaults = dict(arch='resnet50', stride=16, pretrained=True, opt='sgd', epochs=10,
                   lr=.005, lr_head=.05, wd=1e-4, bs=32, resize=None)
     selects = 'loc', 'cl' # epochs worth keeping beside the last: best by truth, best by accuracy
 
@@ -154,4 +154,4 @@ def method_from_dict(
 sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, nesterov=True))
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
-OPTIMIZERS = dict(sgd=sgd, adam=adam, adamw=adamw) # by the names that recipes and runs use
+OPTIMIZERS = dict(sgd=sgd, adam=adam, adamw=adamw) # by the names that configs use
