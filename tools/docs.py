@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+import house
+
 root = Path(__file__).resolve().parent.parent
 
 
@@ -108,8 +110,27 @@ def mended(text, page):
     return text[:found.start(1)] + signature + text[found.end(1):]
 
 
+def constants(module):
+    "The lines of a module that give its public constants; nbdev has no entry for them."
+    text = house.source(module).read_text(encoding='utf-8')
+    tree, lines = ast.parse(text), text.splitlines()
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    public = next((ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == '__all__'), [])
+    for n in assigned:
+        names = {t.id for t in ast.walk(n.targets[0]) if isinstance(t, ast.Name)}
+        if names & set(public): yield from lines[n.lineno - 1:n.end_lineno]
+
+
+def add_constants(cells, module):
+    "A last section with the public constants of the page's module."
+    if said := '\n'.join(constants(module)):
+        text = f'## Constants\n\n```python\n{said}\n```'
+        cells.append(dict(cell_type='markdown', id='constants', metadata={}, source=text.splitlines(True)))
+
+
 def mend_pages():
     "What nbdev writes into _proc, as a reader wants it."
+    modules = {nb.relative_to(root/'nbs'): module for module, nb in house.homes().items()}
     for nb in (root/'_proc').rglob('*.ipynb'):
         page = re.sub(r'^\d+_', '', nb.stem) + '.html'
         cells = json.loads(nb.read_text(encoding='utf-8'))
@@ -118,6 +139,8 @@ def mend_pages():
             for o in c.get('outputs', []):
                 if text := ''.join(o.get('data', {}).get('text/markdown', '')):
                     o['data']['text/markdown'] = mended(text, page).splitlines(True)
+        module = modules.get(nb.relative_to(root/'_proc'))
+        if module: add_constants(cells['cells'], module)
         nb.write_text(json.dumps(cells, ensure_ascii=False, indent=1), encoding='utf-8')
 
 
