@@ -79,6 +79,11 @@ def test_index_is_that_of_the_source():
     assert (root/'wsol_nb/_index.py').read_text(encoding='utf-8') == index.render(), 'run python tools/sync.py'
 
 
+def test_tools_bear_no_library_s_name():
+    "They stand on the path of their scripts: fastai asks for PyTables, and would get a tools/tables.py."
+    assert not [p.stem for p in (root/'tools').glob('*.py') if p.stem in sys.stdlib_module_names or p.stem == 'tables']
+
+
 def test_front_door():
     "Everything at the door is there, costs nothing until it is asked for, and bears the name of no module."
     probe = "import time; t = time.time(); import wsol_nb, sys; print(time.time() - t, 'torch' in sys.modules, *dir(wsol_nb))"

@@ -7,7 +7,7 @@ WSOL_WEIGHTS (mobilenetv2_100). For each seed a GAP classifier is trained first,
 it, frozen; CAM itself is the row `CAM`. Runs are saved below --runs and rows appended to the table, so an
 interrupted table goes on where it stopped. The last epoch is scored; nothing is chosen on the test split.
 """
-from tables import (CUB, ONE_EPOCH, SYNTH, check_names, command, drawing, end, has_row, mean_std, on_test,
+from plans import (CUB, ONE_EPOCH, SYNTH, check_names, command, drawing, end, has_row, mean_std, on_test,
                     parsed, parser, row_of, second_stage, trained)
 
 from wsol_nb.data.worlds.objects import ObjectsWorld

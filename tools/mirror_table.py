@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from tables import has_row
+from plans import has_row
 
 from wsol_nb.data.dataset import WSOLDataset
 from wsol_nb.localize.base import find_localizer

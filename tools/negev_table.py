@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tables import (GLAS, ONE_EPOCH, SYNTH, command, drawing, end, has_row, mean_std, on_test, parsed, parser,
+from plans import (GLAS, ONE_EPOCH, SYNTH, command, drawing, end, has_row, mean_std, on_test, parsed, parser,
                     row_of, second_stage, trained)
 
 from wsol_nb.data.worlds.tissue import TissueWorld

@@ -9,7 +9,7 @@ table, so an interrupted table goes on where it stopped. `--again` scores saved 
 have gained columns. Hyper-parameters are each method's defaults; the last epoch is scored; nothing is chosen
 on the test split.
 """
-from tables import (CUB, GLAS, ONE_EPOCH, SYNTH, check_names, command, cost, drawing, end, has_row, on_test,
+from plans import (CUB, GLAS, ONE_EPOCH, SYNTH, check_names, command, cost, drawing, end, has_row, on_test,
                     parsed, parser, row_of)
 
 from wsol_nb.data.worlds.objects import ObjectsWorld

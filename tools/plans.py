@@ -1,4 +1,4 @@
-"""What the table scripts share: setups, worlds, second stages, rows from reports, and how they are shown"""
+"""What the plans of tables share: setups, worlds, second stages, rows from reports, and how they are shown"""
 import argparse
 import re
 import shlex
