@@ -8,24 +8,85 @@ __all__ = ['ExcitationBackprop', 'FeedbackCAM']
 # %% ../../nbs/3_cam/04_excitation.ipynb #24f76ac4
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
 from .layers import LayerLocalizer, eager, feature_layer, plain_logits, watch
+from ..core import expect
 from ..localize.base import Localizer
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #57a6156b
 def _share(num, den): return torch.where(den > 0, num/torch.where(den > 0, den, 1.), 0.)
 
-_PASS = {'batch_norm', 'relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_', 'dropout', 'dropout_', 'clone', 'detach', 'contiguous', 'requires_grad_', 'to', 'float', 'identity'}
-_MOVE = {'flatten', 'view', 'reshape', 'permute', 'transpose', 'squeeze', 'unsqueeze', '__getitem__'}
-_MEAN = {'avg_pool2d', 'adaptive_avg_pool2d', 'mean'}
-_ADD = {'add', 'add_', '__add__', '__iadd__', '__radd__'}
-_MAX = {'max_pool2d', '_max_pool2d', 'max_pool2d_with_indices'}
+def _pass(mode, func, args, kwargs):
+    "One neuron to one neuron: r is handed through."
+    name, x = func.__name__, args[0]
+    if name == 'batch_norm': return mode.r[id(x)], 1
+    return mode.r[id(x)], None if name.startswith(('relu', 'hardtanh')) else mode.signed.get(id(x))
 
-class _Excitation(TorchFunctionMode):
-    "Carries the relative activation r of every tensor from `start` on; `negate` turns the weights of one layer around."
+def _move(mode, func, args, kwargs):
+    "The same neurons in another shape: r moves along."
+    x = args[0]
+    return func(mode.r[id(x)], *args[1:], **kwargs), mode.signed.get(id(x))
+
+def _join(mode, func, args, kwargs):
+    "Neurons side by side; those that do not come from the layer have nothing to give."
+    parts = [mode.r[id(a)] if id(a) in mode.r else torch.zeros_like(a) for a in args[0]]
+    return func(parts, *args[1:], **kwargs), None
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #86eb45e4
+def _add(mode, func, args, kwargs):
+    "Two branches share by what each of them brings; None where only one comes from the layer."
+    x, y = args[:2]
+    if not (isinstance(y, torch.Tensor) and id(y) in mode.r and id(x) in mode.r): return None
+    a, b = mode.kept(x).relu(), mode.kept(y).relu()
+    return _share(a*mode.r[id(x)] + b*mode.r[id(y)], a + b), 1
+
+def _mean(mode, func, args, kwargs):
+    "Averages share in proportion to the values."
+    x, p = args[0], mode.positive(args[0])
+    r = func(p*mode.r[id(x)], *args[1:], **kwargs)
+    return _share(r, func(p, *args[1:], **kwargs)), mode.signed.get(id(x))
+
+def _max(mode, func, args, kwargs):
+    "The winner takes all."
+    x, keys = args[0], ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
+    known = {k: v for k, v in kwargs.items() if k in keys}
+    at = F.max_pool2d_with_indices(x.detach(), *args[1:6], **known)[1]
+    r = mode.r[id(x)].flatten(2).gather(2, at.flatten(2)).view(at.shape)
+    return r, mode.signed.get(id(x))
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #ce683072
+def _weigh(mode, func, args, kwargs):
+    "Inputs share by value times positive weight (negative weight in the layer that is turned)."
+    x, p, sign = args[0], mode.positive(args[0]), -1 if mode.n == mode.negate else 1
+    mode.n += 1
+    w = (sign*mode.kept(args[1] if len(args) > 1 else kwargs['weight'])).relu()
+    rest = {k: v for k, v in kwargs.items() if k not in ('weight', 'bias')}
+    def run(t): return func(t, w, None, *args[3:], **rest)
+    return _share(run(p*mode.r[id(x)]), run(p)), sign
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #1e8ebd93
+_RULES = {
+    **dict.fromkeys(['batch_norm', 'relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_', 'dropout',
+                     'dropout_', 'clone', 'detach', 'contiguous', 'requires_grad_', 'to', 'float',
+                     'identity'], _pass),
+    **dict.fromkeys(['flatten', 'view', 'reshape', 'permute', 'transpose', 'squeeze', 'unsqueeze',
+                     '__getitem__'], _move),
+    **dict.fromkeys(['cat', 'concat', 'concatenate'], _join),
+    **dict.fromkeys(['add', 'add_', '__add__', '__iadd__', '__radd__'], _add),
+    **dict.fromkeys(['avg_pool2d', 'adaptive_avg_pool2d', 'mean'], _mean),
+    **dict.fromkeys(['max_pool2d', '_max_pool2d', 'max_pool2d_with_indices'], _max),
+    **dict.fromkeys(['conv2d', 'linear'], _weigh)}
+
+def _tensors(args):
+    "The tensors among the arguments and in lists there."
+    flat = [a for b in args for a in (b if isinstance(b, (list, tuple)) else [b])]
+    return [a for a in flat if isinstance(a, torch.Tensor)]
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #b9801318
+class _Carrier(TorchFunctionMode):
+    "Keeps the relative activation r of every tensor from `start` on, by id."
     def __init__(self, name, negate=None, graph=False):
         super().__init__()
         self.name, self.negate, self.graph = name, negate, graph
@@ -41,53 +102,57 @@ class _Excitation(TorchFunctionMode):
         if sign is not None: self.signed[id(out)] = sign
         return out
 
+    def kept(self, t): return t if self.graph else t.detach()
+
     def positive(self, x):
         "What of x can excite; after a turned layer, what of -x."
         sign = self.signed.get(id(x))
-        if sign is None and (x < 0).any(): raise ValueError(f'ExcitationBackprop: the features behind {self.name!r} reach {x.min():.2g}; excitation is defined behind a ReLU, which SiLU, GELU and gated nets lack')
-        return ((x if self.graph else x.detach())*(sign or 1)).relu()
+        if sign is None and (x < 0).any():
+            raise ValueError(f'ExcitationBackprop: the features behind {self.name!r} reach '
+                             f'{x.min():.2g}; excitation is defined behind a ReLU, which SiLU, '
+                             'GELU and gated nets lack')
+        return (self.kept(x)*(sign or 1)).relu()
 
+# %% ../../nbs/3_cam/04_excitation.ipynb #ec61fa69
+class _Excitation(_Carrier):
+    "Applies to every call of the net the rule that it has for r."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '')
-        flat = [a for b in args for a in (b if isinstance(b, (list, tuple)) else [b]) if isinstance(a, torch.Tensor)]
-        if not self.on or not any(id(a) in self.r for a in flat): return func(*args, **kwargs)
-        rule = self.rule(func, name, args, kwargs) # before an operation in place changes the values
+        concerned = self.on and any(id(a) in self.r for a in _tensors(args))
+        if not concerned: return func(*args, **kwargs)
+        # before an operation in place changes the values
+        rule = _RULES[name](self, func, args, kwargs) if name in _RULES else None
         out = func(*args, **kwargs)
         if not isinstance(out, torch.Tensor): return out
-        if rule is None: raise ValueError(f'ExcitationBackprop: {name!r} has no excitation rule; it is defined for convolution, linear, BatchNorm, ReLU, pooling, addition and concatenation')
+        if rule is None:
+            raise ValueError(f'ExcitationBackprop: {name!r} has no excitation rule; it is defined '
+                             'for convolution, linear, BatchNorm, ReLU, pooling, addition and '
+                             'concatenation')
         return self.note(out, *rule)
 
-# %% ../../nbs/3_cam/04_excitation.ipynb #290a912d
-@patch
-def rule(self:_Excitation, func, name, args, kwargs):
-    "r of the output and the sign that its values may be trusted with (None: they must not be negative)."
-    x = args[0]
-    if name in _PASS: return self.r[id(x)], 1 if name == 'batch_norm' else None if name.startswith(('relu', 'hardtanh')) else self.signed.get(id(x))
-    if name in _MOVE: return func(self.r[id(x)], *args[1:], **kwargs), self.signed.get(id(x))
-    if name in ('cat', 'concat', 'concatenate'): return func([self.r[id(a)] if id(a) in self.r else torch.zeros_like(a) for a in x], *args[1:], **kwargs), None
-    if name in _ADD and isinstance(args[1], torch.Tensor) and id(args[1]) in self.r and id(x) in self.r:
-        a, b = ((t if self.graph else t.detach()).relu() for t in args[:2])
-        return _share(a*self.r[id(x)] + b*self.r[id(args[1])], a + b), 1
-    if name in _MAX:
-        keys = ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
-        at = F.max_pool2d_with_indices(x.detach(), *args[1:6], **{k: v for k, v in kwargs.items() if k in keys})[1]
-        return self.r[id(x)].flatten(2).gather(2, at.flatten(2)).view(at.shape), self.signed.get(id(x))
-    if name in _MEAN:
-        p = self.positive(x)
-        return _share(func(p*self.r[id(x)], *args[1:], **kwargs), func(p, *args[1:], **kwargs)), self.signed.get(id(x))
-    if name in ('conv2d', 'linear'):
-        sign = -1 if self.n == self.negate else 1
-        self.n, p = self.n + 1, self.positive(x)
-        weight = (args[1] if len(args) > 1 else kwargs['weight'])
-        weight = (sign*(weight if self.graph else weight.detach())).relu()
-        run = lambda t: func(t, weight, None, *args[3:], **{k: v for k, v in kwargs.items() if k not in ('weight', 'bias')})
-        return _share(run(p*self.r[id(x)]), run(p)), sign
+# %% ../../nbs/3_cam/04_excitation.ipynb #d0e3378e
+def _starts(logits, target):
+    "For each target the probability (B,C) the logits begin with; and whether there are several."
+    scores, C = target.scores(logits), logits.shape[1]
+    if target.score_fn:
+        w = target.weights(logits.float()).relu()
+        return [(w/w.sum(1, keepdim=True).clamp(min=1e-30)).to(logits.dtype)], False
+    columns = target.classes(logits).reshape(len(logits), -1).T # t,b
+    return [F.one_hot(c, C).to(logits.dtype) for c in columns], scores.ndim == 2
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #f703c739
+def _won(runs, P, create_graph): # (B,h,w)
+    "P at the layer, summed over channels; what the second of two passes excites is subtracted."
+    at = [torch.autograd.grad(r, mode.first, P, retain_graph=True, create_graph=create_graph)[0]
+          for mode, r in runs]
+    p = at[0] if len(at) == 1 else (at[0] - at[1]).relu()
+    return p.float().sum(1)
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #06a00e9c
 @localizer(needs='gradients, ReLU', passes='1 + gradient',
            paper='Zhang et al., ECCV 2016', bib='zhang2016excitation')
 class ExcitationBackprop(LayerLocalizer):
-    "The probability of each position to have won for the class (Zhang et al. 2016); optionally against its opposite."
+    "The probability of each position to have won for the class (Zhang et al. 2016)."
     def __init__(self, model, layer=None,
         contrastive:bool=False, # subtract what excites the opposite of the class
     ):
@@ -98,46 +163,77 @@ class ExcitationBackprop(LayerLocalizer):
         "A pass, and the relative activations after it."
         self.layers = self.layers or [feature_layer(self.model, x)]
         mode = _Excitation(self.layers[0], negate, graph)
-        with torch.set_grad_enabled(graph), mode: seen = watch(self.model, self.layers, x, mode.start)
+        with torch.set_grad_enabled(graph), mode:
+            seen = watch(self.model, self.layers, x, mode.start)
         return seen, mode, mode.r[id(seen.logits)]
 
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             x = x.clone() if x.is_inference() else x
             seen, mode, r = self.excite(x, graph=create_graph)
-            starts, several = self.starts(seen.logits, target)
-            if self.contrastive: _, turned, r_not = self.excite(x, mode.n - 1, create_graph)
-            maps = []
-            for P in starts:
-                grad = lambda out, at, p: torch.autograd.grad(out, at, p, retain_graph=True, create_graph=create_graph)[0]
-                p = grad(r, mode.first, P)
-                if self.contrastive: p = (p - grad(r_not, turned.first, P)).relu()
-                maps.append(p.float().sum(1))
+            starts, several = _starts(seen.logits, target)
+            runs = [(mode, r)]
+            if self.contrastive: runs.append(self.excite(x, mode.n - 1, create_graph)[1:])
+            maps = [_won(runs, P, create_graph) for P in starts]
             return seen.logits, torch.stack(maps, 1) if several else maps[0]
 
-    def starts(self, logits, target):
-        "For each target the probability that the logits begin with, (B,C); and whether there are several."
-        scores = target.scores(logits)
-        if target.score_fn:
-            w = target.weights(logits.float()).relu()
-            return [(w/w.sum(1, keepdim=True).clamp(min=1e-30)).to(logits.dtype)], False
-        return [F.one_hot(c, logits.shape[1]).to(logits.dtype) for c in target.classes(logits).reshape(len(logits), -1).T], scores.ndim == 2
-
 # %% ../../nbs/3_cam/04_excitation.ipynb #aa22f31b
+_RELUS = ('relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_')
+
 class _Gates(TorchFunctionMode):
     "Multiplies the output of every ReLU by its gate; makes gates of ones where there are none yet."
-    def __init__(self, gates=None): super().__init__(); self.gates, self.n, self.new = gates, 0, gates is None
+    def __init__(self, gates=None):
+        super().__init__()
+        self.gates, self.n, self.new = gates, 0, gates is None
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), getattr(func, '__name__', '')
-        if name not in ('relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_') or out.ndim < 2: return out
+        if name not in _RELUS or out.ndim < 2: return out
         if self.new: self.gates = [*(self.gates or []), torch.ones_like(out).requires_grad_()]
         self.n += 1
         return out*self.gates[self.n - 1]
 
+# %% ../../nbs/3_cam/04_excitation.ipynb #5111f38b
 def _ascend(z, d, step):
-    "The gates of one layer after a step along d, whose largest component in each image moves its gate by `step`."
+    "A layer's gates after a step along d, whose largest component in each image moves by `step`."
     top = d.flatten(1).abs().amax(1).view(-1, *[1]*(d.ndim - 1))
     return (z + step*d/top.clamp(min=1e-30)).clamp(0, 1)
+
+def _energy(score, gates, lam): # (B,)
+    "E(z): the score, less the price of the gates that are open."
+    return (score - lam*sum(z.flatten(1).sum(1) for z in gates)).detach().float()
+
+def _leaf(x, create_graph):
+    "The images with a gradient: their own where a graph is to reach back, else a leaf's."
+    x = x.clone() if x.is_inference() else x
+    return x if create_graph and x.requires_grad else x.detach().requires_grad_()
+
+def _one_of(target, t):
+    "The target's score number t as a function of the logits."
+    def score(logits): return target.scores(logits).reshape(len(logits), -1)[:, t]
+    return score
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #51ec19fe
+def _through(model, x, gates=None):
+    "A pass with gates: logits and the gates."
+    with eager(), _Gates(gates) as mode: logits = plain_logits(model(x))
+    if mode.gates: return logits, mode.gates
+    kind = type(model).__name__
+    raise ValueError(f'FeedbackCAM: no ReLU ran in {kind}, so there is nothing to gate')
+
+def _served(loc, x, score, create_graph):
+    "Map (B,H,W) and energy (steps+1,B) of one target an image."
+    gates, energy = None, []
+    for i in range(loc.steps + 1):
+        logits, gates = _through(loc.model, x, gates)
+        s = score(logits)
+        energy.append(_energy(s, gates, loc.lam))
+        if i == loc.steps: break # the gates as they ended
+        gs = torch.autograd.grad(s.sum(), gates)
+        gates = [_ascend(z.detach(), g - loc.lam, loc.step) for z, g in zip(gates, gs)]
+        for z in gates: z.requires_grad_()
+    g = torch.autograd.grad(s.sum(), x, create_graph=create_graph)[0]
+    return g.float().abs().amax(1), torch.stack(energy)
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #a9c6d4c6
 @localizer(needs='gradients, ReLU', passes='n, each with a gradient',
@@ -151,33 +247,18 @@ class FeedbackCAM(Localizer):
         lam:float=0., # price of an open gate, in units of the score
     ):
         super().__init__(model)
-        if steps < 0 or step <= 0 or lam < 0: raise ValueError(f'steps={steps}, step={step}, lam={lam}: expected steps >= 0, step > 0, lam >= 0')
+        expect(steps >= 0, 'steps', steps, 'steps >= 0')
+        expect(step > 0, 'step', step, 'step > 0')
+        expect(lam >= 0, 'lam', lam, 'lam >= 0')
         self.steps, self.step, self.lam, self.energy = steps, step, lam, None
-
-    def through(self, x, gates=None):
-        "A pass with gates: logits and the gates."
-        with eager(), _Gates(gates) as mode: logits = plain_logits(self.model(x))
-        if not mode.gates: raise ValueError(f'FeedbackCAM: no ReLU ran in {type(self.model).__name__}, so there is nothing to gate')
-        return logits, mode.gates
 
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone() if x.is_inference() else x
-            x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-            logits = self.through(x)[0].detach()
+            x = _leaf(x, create_graph)
+            logits = _through(self.model, x)[0].detach()
             target, scores = target.pinned(logits), target.scores(logits)
-            columns = range(scores.reshape(len(x), -1).shape[1])
-            maps, self.energy = zip(*[self.one(x, lambda y, t=t: target.scores(y).reshape(len(x), -1)[:, t], create_graph) for t in columns])
-            self.energy = torch.stack(self.energy, 2) if scores.ndim == 2 else self.energy[0]
-            return logits, torch.stack(maps, 1) if scores.ndim == 2 else maps[0]
-
-    def one(self, x, score, create_graph):
-        "Map (B,H,W) and energy (steps+1,B) of one target an image."
-        gates, energy = None, []
-        for i in range(self.steps + 1):
-            logits, gates = self.through(x, gates)
-            s = score(logits)
-            energy.append((s - self.lam*sum(z.flatten(1).sum(1) for z in gates)).detach().float())
-            if i == self.steps: return torch.autograd.grad(s.sum(), x, create_graph=create_graph)[0].float().abs().amax(1), torch.stack(energy)
-            gs = torch.autograd.grad(s.sum(), gates)
-            gates = [_ascend(z.detach(), g - self.lam, self.step).requires_grad_() for z, g in zip(gates, gs)]
+            T, several = scores.reshape(len(x), -1).shape[1], scores.ndim == 2
+            runs = [_served(self, x, _one_of(target, t), create_graph) for t in range(T)]
+            maps, energy = zip(*runs)
+            self.energy = torch.stack(energy, 2) if several else energy[0]
+            return logits, torch.stack(maps, 1) if several else maps[0]

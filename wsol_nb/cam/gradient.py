@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import LayerLocalizer
-from ..registry import did_you_mean
-from ..registry import localizer
+from ..core import expect
+from ..registry import did_you_mean, localizer
 
-# %% ../../nbs/3_cam/02_gradient.ipynb #8a5cf8e8
+# %% ../../nbs/3_cam/02_gradient.ipynb #5658bc7a
 def weighted_sum(
     w, # (B,K) or (B,T,K)
     A, # (B,K,h,w)
@@ -25,27 +25,47 @@ def weighted_sum(
     "Sum over the channels of their maps times their weights."
     return torch.einsum('b...k,bkhw->b...hw', w, A)
 
+# %% ../../nbs/3_cam/02_gradient.ipynb #4b130fd3
+def _heads(model, C, K):
+    "The layers that could be the linear one, with weights (C,K); the last one first."
+    def fits(m):
+        return (isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight.shape[:2] == (C, K)
+                and m.weight[0, 0].numel() == 1)
+    return [m for m in model.modules() if fits(m)][::-1]
+
+def _off(logits, mean, W, b):
+    "How far W mean + b is from the logits, as a share of what is added up."
+    off = (mean@W.T + b - logits).abs()/(mean.abs()@W.abs().T + b.abs() + 1e-9)
+    return off.nan_to_num(0).max()
+
+def _linear_head(model, A, logits):
+    "W (C,K) for which W mean(A) + b are the logits, and A (behind a ReLU if need be); or None."
+    tol = .05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    for m in _heads(model, logits.shape[1], A.shape[1]):
+        W = m.weight.flatten(1).float()
+        b = W.new_zeros(len(W)) if m.bias is None else m.bias.float()
+        for a in (A, A.relu()):
+            if _off(logits, a.mean((2, 3)), W, b) < tol: return W, a
+
+# %% ../../nbs/3_cam/02_gradient.ipynb #8a5cf8e8
 @localizer(needs='a linear head', passes='1', paper='Zhou et al., CVPR 2016', bib='zhou2016cam')
 class CAM(LayerLocalizer):
-    "Class activation maps of a net that ends in average pooling and a linear layer (Zhou et al. 2016)."
+    "Class maps of a net that ends in average pooling and a linear layer (Zhou et al. 2016)."
     def classifier(self, A, logits):
-        "The linear layer W (C,K) for which W mean(A) + b are the logits, and A; after a ReLU where the net has one there."
-        C, K, low = logits.shape[1], A.shape[1], logits.dtype in (torch.bfloat16, torch.float16)
-        heads = [m for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight.shape[:2] == (C, K) and m.weight[0, 0].numel() == 1]
-        for m in reversed(heads):
-            W = m.weight.flatten(1).float()
-            b = W.new_zeros(C) if m.bias is None else m.bias.float()
-            for a in (A, A.relu()):
-                mean = a.mean((2, 3))
-                off = (mean@W.T + b - logits).abs()/(mean.abs()@W.abs().T + b.abs() + 1e-9)
-                if off.nan_to_num(0).max() < (.05 if low else 1e-3): return W, a
-        raise ValueError(f'CAM: the logits of {type(self.model).__name__} are no linear layer of the average of {self.layers[0]!r}; use GradCAM'
-                         + (', or HeadMaps for its own class maps' if hasattr(self.model, 'forward_maps') else ''))
+        "The linear layer's W (C,K), and A; after a ReLU where the net has one there."
+        found = _linear_head(self.model, A, logits)
+        if found is not None: return found
+        kind, own = type(self.model).__name__, hasattr(self.model, 'forward_maps')
+        raise ValueError(f'CAM: the logits of {kind} are no linear layer of the average of '
+                         f'{self.layers[0]!r}; use GradCAM'
+                         + (', or HeadMaps for its own class maps' if own else ''))
 
     def maps(self, seen, target, create_graph):
         with torch.set_grad_enabled(create_graph):
             W, A = self.classifier(seen.acts[0].float(), seen.logits)
-            return weighted_sum(target.weights(seen.logits.float())@W if target.score_fn else W[target.classes(seen.logits)], A)
+            if target.score_fn: w = target.weights(seen.logits.float())@W
+            else: w = W[target.classes(seen.logits)]
+            return weighted_sum(w, A)
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #991f4f58
 @localizer(needs='gradients', passes='1 + gradient',
@@ -60,7 +80,7 @@ class HiResCAM(LayerLocalizer):
     "Gradient times activation, position by position (Draelos & Carin 2020)."
     def weigh(self, A, G): return (G*A).sum(1)
 
-# %% ../../nbs/3_cam/02_gradient.ipynb #61bff5b6
+# %% ../../nbs/3_cam/02_gradient.ipynb #de57656b
 def gradcam_pp_weights(
     S, # (B,K,1,1) sum of the activations
     g1, g2, g3, # (B,K,h,w) gradient, its square and its cube, possibly averaged over noisy images
@@ -75,18 +95,38 @@ def gradcam_pp_weights(
         alpha = alpha/alpha.sum((2, 3), keepdim=True).clamp(min=1e-30)
     return (alpha*g1.relu()).sum((2, 3))
 
+# %% ../../nbs/3_cam/02_gradient.ipynb #61bff5b6
 @localizer(needs='gradients', passes='1 + gradient',
            paper='Chattopadhay et al., WACV 2018', bib='chattopadhay2018gradcampp')
 class GradCAMPlusPlus(LayerLocalizer):
     "Positive gradients, each weighted by α (Chattopadhay et al. 2018)."
     def __init__(self, model, layer=None,
-        channel_norm:bool=False, # each channel's α sums to 1, as in the authors' code but not in their paper
+        channel_norm:bool=False, # each channel's α sums to 1: the authors' code, not their paper
     ):
         super().__init__(model, layer)
         self.channel_norm = channel_norm
 
     def weigh(self, A, G):
-        return weighted_sum(gradcam_pp_weights(A.sum((2, 3), keepdim=True), G, G**2, G**3, self.channel_norm), A).relu()
+        S = A.sum((2, 3), keepdim=True)
+        return weighted_sum(gradcam_pp_weights(S, G, G**2, G**3, self.channel_norm), A).relu()
+
+# %% ../../nbs/3_cam/02_gradient.ipynb #49cca869
+def _noisy(x, n, std, seed):
+    "n copies of the images with noise of `std` of each one's range, the same for every image."
+    span = x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
+    gen = torch.Generator().manual_seed(seed)
+    for _ in range(n): yield x + std*span*torch.randn(x.shape[1:], generator=gen).to(x)
+
+# %% ../../nbs/3_cam/02_gradient.ipynb #c94381db
+def _mean_powers(loc, x, target, create_graph):
+    "G, G² and G³, each T tensors (B,K,h,w), averaged over noise; and whether T was asked for."
+    sums = 0, 0, 0
+    for noisy in _noisy(x, loc.n, loc.std, loc.seed):
+        with torch.set_grad_enabled(create_graph): # `watch` leaves it switched on
+            grads, several = loc.watch(noisy).gradients(target, create_graph)
+        G = torch.stack([g[0].float() for g in grads], 1) # b,t,k,h,w
+        sums = [s + p for s, p in zip(sums, (G, G**2, G**3))]
+    return [(s/loc.n).unbind(1) for s in sums], several
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #8d1edf5d
 @localizer(needs='gradients', passes='n, each with a gradient',
@@ -99,49 +139,69 @@ class SmoothGradCAMPlusPlus(LayerLocalizer):
         seed:int=0, # of the noise
     ):
         super().__init__(model, layer)
-        if n < 1 or std < 0: raise ValueError(f'n={n}, std={std}: expected at least one copy and no negative noise')
+        expect(n >= 1, 'n', n, 'at least one copy')
+        expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
 
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             x = x.clone() if x.is_inference() else x
             clean = self.watch(x)
-            target, span = target.pinned(clean.logits), x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
-            gen, sums = torch.Generator().manual_seed(self.seed), None
-            for _ in range(self.n):
-                with torch.set_grad_enabled(create_graph):
-                    noise = torch.randn(x.shape[1:], generator=gen).to(x)
-                    grads, several = self.watch(x + self.std*span*noise).gradients(target, create_graph)
-                G = torch.stack([g[0].float() for g in grads], 1) # b,t,k,h,w
-                sums = [a + b for a, b in zip(sums or (0, 0, 0), (G, G**2, G**3))]
+            powers, several = _mean_powers(self, x, target.pinned(clean.logits), create_graph)
             with torch.set_grad_enabled(create_graph):
-                A, S = clean.acts[0].float(), clean.acts[0].float().sum((2, 3), keepdim=True)
-                maps = [weighted_sum(gradcam_pp_weights(S, *(s[:, t]/self.n for s in sums)), A).relu() for t in range(G.shape[1])]
+                A = clean.acts[0].float()
+                S = A.sum((2, 3), keepdim=True)
+                w = [gradcam_pp_weights(S, *gs) for gs in zip(*powers)] # T of b,k
+                maps = [weighted_sum(wt, A).relu() for wt in w]
                 return clean.logits, torch.stack(maps, 1) if several else maps[0]
 
-# %% ../../nbs/3_cam/02_gradient.ipynb #8ac92e71
+# %% ../../nbs/3_cam/02_gradient.ipynb #492ffa6b
 @localizer(needs='gradients', passes='1 + gradient',
            paper='Fu et al., BMVC 2020', bib='fu2020xgradcam')
 class XGradCAM(LayerLocalizer):
     "Channels weighted so that their sum keeps the score (Fu et al. 2020)."
     def weigh(self, A, G):
         S = A.sum((2, 3))
-        return weighted_sum(torch.where(S == 0, 0., (G*A).sum((2, 3))/torch.where(S == 0, 1., S)), A).relu()
+        share = (G*A).sum((2, 3))/torch.where(S == 0, 1., S)
+        return weighted_sum(torch.where(S == 0, 0., share), A).relu()
 
+# %% ../../nbs/3_cam/02_gradient.ipynb #8ac92e71
+def _fuse_layers(maps):
+    "Maps (B,h,w) of several layers, scaled; at each position of the finest the largest value."
+    size = max((m.shape[-2:] for m in maps), key=lambda s: s[0]*s[1])
+    deepest = min(range(len(maps)), key=lambda i: (maps[i][0].numel(), -i)) # the last smallest
+    shares = [m/m.amax((1, 2), keepdim=True).clamp(min=1e-30) for m in maps]
+    shares = [s if i == deepest else torch.tanh(2*s) for i, s in enumerate(shares)]
+    fine = [F.interpolate(s[:, None], size, mode='bilinear', align_corners=False) for s in shares]
+    return torch.stack([f[:, 0] for f in fine]).amax(0)
+
+# %% ../../nbs/3_cam/02_gradient.ipynb #378fd21b
 @localizer(needs='gradients', passes='1 + gradient',
            paper='Jiang et al., TIP 2021', bib='jiang2021layercam')
 class LayerCAM(LayerLocalizer):
-    "Positive gradient times activation, position by position; several layers are fused (Jiang et al. 2021)."
+    "Positive gradient times activation, by position; several layers are fused (Jiang et al. 2021)."
     several_layers = True
     def weigh(self, A, G): return (G.relu()*A).sum(1).relu()
 
-    def fuse(self, maps):
-        if len(maps) == 1: return maps[0]
-        size = max((m.shape[-2:] for m in maps), key=lambda s: s[0]*s[1])
-        deepest = min(range(len(maps)), key=lambda i: (maps[i][0].numel(), -i)) # the last of the smallest
-        scaled = [m/m.amax((1, 2), keepdim=True).clamp(min=1e-30) for m in maps]
-        scaled = [s if i == deepest else torch.tanh(2*s) for i, s in enumerate(scaled)]
-        return torch.stack([F.interpolate(s[:, None], size, mode='bilinear', align_corners=False)[:, 0] for s in scaled]).amax(0)
+    def fuse(self, maps): return maps[0] if len(maps) == 1 else _fuse_layers(maps)
+
+# %% ../../nbs/3_cam/02_gradient.ipynb #285e153c
+def _principal(M, steps):
+    "The first eigenvectors (B,m,1) of symmetric M; `steps` from there give them their gradient."
+    u = torch.linalg.eigh(M.detach())[1][..., -1:]
+    for _ in range(steps): u = F.normalize(M@u, dim=1) # a fixed point
+    return u
+
+def _first_component(A, steps):
+    "The first singular component (B,n,1) of features A (B,K,n), with a positive sum; NaN of such."
+    good = torch.isfinite(A).all((1, 2), keepdim=True)
+    few = A.shape[1] < A.shape[2] # fewer channels than positions
+    M = A@A.mT if few else A.mT@A
+    M = torch.where(good, M, torch.eye(M.shape[1], device=M.device))
+    u = _principal(M, steps) # b,K,1 or b,n,1
+    m = A.mT@u if few else u*(u.mT@M@u).clamp(min=0).sqrt()
+    m = m*torch.sign(m.detach().sum(1, keepdim=True))
+    return torch.where(good, m, float('nan'))
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #eb6a7778
 @localizer(needs='features', passes='1',
@@ -149,30 +209,32 @@ class LayerCAM(LayerLocalizer):
 class EigenCAM(LayerLocalizer):
     "The first singular component of the features, whatever the class (Muhammad & Yeasin 2020)."
     def maps(self, seen, target, create_graph):
-        several = target.scores(seen.logits).ndim == 2 # refuses a target that does not exist, though the map ignores it
+        scores = target.scores(seen.logits) # refuses a target that does not exist, ignored else
         with torch.set_grad_enabled(create_graph):
-            A = seen.acts[0].float().flatten(2) # b,k,n
-            good = torch.isfinite(A).all((1, 2), keepdim=True)
-            few = A.shape[1] < A.shape[2] # fewer channels than positions
-            M = A@A.mT if few else A.mT@A
-            M = torch.where(good, M, torch.eye(M.shape[1], device=M.device))
-            u = torch.linalg.eigh(M.detach())[1][..., -1:] # b,k,1 or b,n,1
-            for _ in range(8*create_graph): u = F.normalize(M@u, dim=1) # a fixed point, and this gives its gradient
-            m = A.mT@u if few else u*(u.mT@M@u).clamp(min=0).sqrt() # b,n,1
-            m = m*torch.sign(m.detach().sum(1, keepdim=True))
-            m = torch.where(good, m, float('nan')).reshape(len(A), *seen.acts[0].shape[2:])
-            return m[:, None].expand(-1, target.scores(seen.logits).shape[1], -1, -1) if several else m
+            A = seen.acts[0].float()
+            m = _first_component(A.flatten(2), 8*create_graph).reshape(len(A), *A.shape[2:])
+            return m[:, None].expand(-1, scores.shape[1], -1, -1) if scores.ndim == 2 else m
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #410ffbb3
 class _Together(LayerLocalizer):
     "Several localizers that look at one pass; their maps are stacked after the batch dimension."
-    def __init__(self, model, parts, layer): super().__init__(model, layer); self.parts = [p(self.model) for p in parts]
+    def __init__(self, model, parts, layer):
+        super().__init__(model, layer)
+        self.parts = [p(self.model) for p in parts]
+
     def maps(self, seen, target, create_graph):
         for p in self.parts: p.layers = self.layers
         return torch.stack([p.maps(seen, target, create_graph) for p in self.parts], 1)
 
+# %% ../../nbs/3_cam/02_gradient.ipynb #305e33fb
+_FAMILY = (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM)
+
+def _key(name):
+    "A method's name as a key: 'Grad-CAM++' is 'gradcamplusplus'."
+    return re.sub('[^a-z]', '', str(name).lower().replace('+', 'plus'))
+
 # %% ../../nbs/3_cam/02_gradient.ipynb #7aa617ff
-SINGLE_PASS = {c.__name__.lower(): c for c in (CAM, GradCAM, HiResCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenCAM)}
+SINGLE_PASS = {c.__name__.lower(): c for c in _FAMILY}
 
 def localize_all(
     model, # a CNN whose forward gives logits (B,C), or a fastai Learner
@@ -183,9 +245,13 @@ def localize_all(
     create_graph:bool=False, # maps are to be differentiable
 )->dict: # name: maps (B,H,W) or (B,T,H,W) in [0,1]
     "The maps of several single-pass localizers from one forward and backward pass."
-    if isinstance(methods, str) or not methods: raise ValueError(f'methods={methods!r}: expected a list of names')
-    key = {m: re.sub('[^a-z]', '', str(m).lower().replace('+', 'plus')) for m in methods}
-    for m, k in key.items():
-        if k not in SINGLE_PASS: raise ValueError(f'methods: {m!r} is no single-pass localizer; {did_you_mean(k, SINGLE_PASS)}')
-    maps = _Together(model, [SINGLE_PASS[k] for k in key.values()], layer)(x, target, create_graph)
-    return dict(zip(key, maps.unbind(1)))
+    listed = methods and not isinstance(methods, str)
+    expect(listed, 'methods', methods, 'a list of names')
+    keys = {m: _key(m) for m in methods}
+    for m, k in keys.items():
+        if k in SINGLE_PASS: continue
+        near = did_you_mean(k, SINGLE_PASS)
+        raise ValueError(f'methods: {m!r} is no single-pass localizer; {near}')
+    parts = [SINGLE_PASS[k] for k in keys.values()]
+    maps = _Together(model, parts, layer)(x, target, create_graph)
+    return dict(zip(keys, maps.unbind(1)))

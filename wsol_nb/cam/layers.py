@@ -12,10 +12,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from ..core import expect
 from ..registry import did_you_mean
 from ..localize.base import Localizer
 
-# %% ../../nbs/3_cam/01_layers.ipynb #72fce66c
+# %% ../../nbs/3_cam/01_layers.ipynb #9c04c7f2
 @contextmanager
 def hooked(modules, fn):
     "Forward hooks on `modules`, gone afterwards, also when something raises."
@@ -25,18 +26,59 @@ def hooked(modules, fn):
         for h in handles: h.remove()
 
 def eager():
-    "Compiled parts run as the plain modules they are: a hook that comes late never fires in compiled code."
+    "Compiled parts run as plain modules: a hook that comes late never fires in compiled code."
     late = 'torch._dynamo' in sys.modules and getattr(torch.compiler, 'set_stance', None)
     return late('force_eager') if late else nullcontext()
+
+# %% ../../nbs/3_cam/01_layers.ipynb #de31fe47
+def _what(out):
+    "The shape of a tensor, or the type of what is none."
+    return tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
 
 def plain_logits(out):
     "What a model answered as logits (B,C)."
     out = getattr(out, 'logits', out)
-    if not isinstance(out, torch.Tensor) or out.ndim != 2: raise TypeError(f'model: its forward gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected logits (B,C)')
+    fits = isinstance(out, torch.Tensor) and out.ndim == 2
+    expect(fits, 'model(x)', _what(out), 'logits (B,C)', TypeError)
     return out
 
+# %% ../../nbs/3_cam/01_layers.ipynb #fd5e7d69
+def _ran(model, x):
+    "The modules that ran over `x` in their order, each with its output."
+    ran = []
+    def note(m, args, out):
+        if isinstance(out, torch.Tensor): ran.append((m, out))
+    with torch.no_grad(), eager(), hooked(model.modules(), note): plain_logits(model(x))
+    return ran
+
+def _spatial(out): return out.ndim == 4 and out[0, 0].numel() > 1
+
+# %% ../../nbs/3_cam/01_layers.ipynb #b14bfd9c
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+def _has_weights(m): return next(m.parameters(recurse=False), None) is not None
+
+def _without_class_maps(ran):
+    "Without the last layer that has weights, and what follows, where it gives class maps."
+    weighted = [i for i, (m, _) in enumerate(ran) if _has_weights(m)]
+    if not weighted: return ran
+    m, out = ran[weighted[-1]]
+    return ran[:weighted[-1]] if isinstance(m, nn.Conv2d) and _spatial(out) else ran
+
+def _last_spatial(ran, names):
+    "The position in `ran` of the last output that is spatial and not pooled, or None."
+    pooled = {id(out) for m, out in ran if isinstance(m, _POOLS)}
+    def has_features(m, out):
+        return _spatial(out) and id(out) not in pooled and names[m] and not isinstance(m, _IDLE)
+    return next((i for i in reversed(range(len(ran))) if has_features(*ran[i])), None)
+
+# %% ../../nbs/3_cam/01_layers.ipynb #07909dc7
+def _are_tokens(model, ran, last):
+    "Whether the net is a transformer: much of what ran is (B,N,D), or its features have D last."
+    _, K, _, D = ran[last][1].shape
+    sequences = sum(out.ndim == 3 for _, out in ran[last:])
+    return sequences > last or getattr(model, 'num_features', None) == D != K
 
 # %% ../../nbs/3_cam/01_layers.ipynb #134f7e21
 def feature_layer(
@@ -44,55 +86,77 @@ def feature_layer(
     x, # (B,3,H,W); its first image is let through
 )->str: # dotted name
     "The name of the last layer whose output (B,K,h,w) is spatial, neither pooled nor class maps."
-    names, ran = {m: n for n, m in model.named_modules()}, []
-    def note(m, args, out):
-        if isinstance(out, torch.Tensor): ran.append((m, out))
-    with torch.no_grad(), eager(), hooked(names, note): plain_logits(model(x[:1]))
-    spatial = lambda o: o.ndim == 4 and o[0, 0].numel() > 1
-    weighted = [i for i, (m, o) in enumerate(ran) if next(m.parameters(recurse=False), None) is not None]
-    if weighted and isinstance(ran[weighted[-1]][0], nn.Conv2d) and spatial(ran[weighted[-1]][1]): ran = ran[:weighted[-1]] # class maps
-    pooled = {id(o) for m, o in ran if isinstance(m, _POOLS)}
-    found = [i for i, (m, o) in enumerate(ran) if spatial(o) and id(o) not in pooled and names[m] and not isinstance(m, _IDLE)]
-    if not found: raise ValueError(f'layer=None: no layer of {type(model).__name__} gives spatial features (B,K,h,w) for images {tuple(x.shape)}; scripted models cannot be watched')
-    name, shape = names[ran[found[-1]][0]], tuple(ran[found[-1]][1].shape)
-    width = getattr(model, 'num_features', None)
-    if sum(o.ndim == 3 for _, o in ran[found[-1]:]) > found[-1] or width == shape[-1] != shape[1]: raise ValueError(f'layer=None: the features of {type(model).__name__} are tokens, not maps (B,K,h,w): after {name!r} {shape} none is spatial; transformers are chapter 7')
+    names, kind = {m: n for n, m in model.named_modules()}, type(model).__name__
+    ran = _without_class_maps(_ran(model, x[:1]))
+    last = _last_spatial(ran, names)
+    if last is None:
+        raise ValueError(f'layer=None: no layer of {kind} gives spatial features (B,K,h,w) for '
+                         f'images {tuple(x.shape)}; scripted models cannot be watched')
+    name, shape = names[ran[last][0]], tuple(ran[last][1].shape)
+    if _are_tokens(model, ran, last):
+        raise ValueError(f'layer=None: the features of {kind} are tokens, not maps (B,K,h,w): '
+                         f'after {name!r} {shape} none is spatial; transformers are chapter 7')
     return name
 
+# %% ../../nbs/3_cam/01_layers.ipynb #dcd034c1
 def find_layer(
     model:nn.Module, # a module
     layer, # dotted name or a module of it
 )->str: # dotted name
     "The dotted name of `layer`, or a ValueError with the nearest names."
-    names = {m: n for n, m in model.named_modules() if n}
-    if isinstance(layer, str) and layer not in names.values(): raise ValueError(f'layer={layer!r}: {type(model).__name__} has no such module; {did_you_mean(layer, names.values())}')
-    if isinstance(layer, nn.Module) and layer not in names: raise ValueError(f'layer: this {type(layer).__name__} is no part of {type(model).__name__}')
-    if not isinstance(layer, (str, nn.Module)): raise TypeError(f'layer: expected a dotted name, a module or None, got {type(layer).__name__}')
-    return layer if isinstance(layer, str) else names[layer]
+    names, kind = {m: n for n, m in model.named_modules() if n}, type(model).__name__
+    if isinstance(layer, str):
+        if layer in names.values(): return layer
+        near = did_you_mean(layer, names.values())
+        raise ValueError(f'layer={layer!r}: {kind} has no such module; {near}')
+    known = isinstance(layer, nn.Module)
+    expect(known, 'layer', layer, 'a dotted name, a module or None', TypeError)
+    if layer not in names:
+        raise ValueError(f'layer: this {type(layer).__name__} is no part of {kind}')
+    return names[layer]
+
+# %% ../../nbs/3_cam/01_layers.ipynb #fa446e61
+def _gradients(sums, acts, create_graph):
+    "For each of T sums of scores the gradients at all layers; None where no graph leads there."
+    if not sums.requires_grad: return [[None]]
+    grads = []
+    for i, s in enumerate(sums):
+        again = create_graph or i + 1 < len(sums) # the graph is needed once more
+        grads.append(torch.autograd.grad(
+            s, acts, retain_graph=again, create_graph=create_graph, allow_unused=True))
+    return grads
 
 # %% ../../nbs/3_cam/01_layers.ipynb #2f2f34a9
 class Seen:
-    "What one forward pass of x showed: logits, outputs A of the layers and, on request, the gradients G of the scores."
-    def __init__(self, x, logits, acts, names): self.x, self.logits, self.acts, self.names, self._grads = x, logits, acts, names, None
+    "What a forward pass of `x` showed: logits, outputs A of layers and, on request, gradients G."
+    def __init__(self, x, logits, acts, names):
+        self.x, self.logits, self.acts, self.names, self._grads = x, logits, acts, names, None
 
     def gradients(self, target, create_graph):
-        "For each of T targets the gradients at all layers, computed once; and whether there are several targets."
+        "For each of T targets the gradients at all layers, made once; and whether T was asked for."
         scores = target.scores(self.logits)
         if self._grads is None:
-            columns = scores.reshape(len(scores), -1).sum(0)
-            grad = lambda s, more: torch.autograd.grad(s, self.acts, retain_graph=create_graph or more, create_graph=create_graph, allow_unused=True)
-            self._grads = [grad(s, i + 1 < len(columns)) for i, s in enumerate(columns)] if columns.requires_grad else [[None]]
+            sums = scores.reshape(len(scores), -1).sum(0) # t
+            self._grads = _gradients(sums, self.acts, create_graph)
             for n, g in zip(self.names, self._grads[0]):
-                if g is None: raise ValueError(f'layer={n!r}: no gradient of the scores reaches its output; does the forward pass detach, or ignore it?')
+                if g is None:
+                    raise ValueError(f'layer={n!r}: no gradient of the scores reaches its output; '
+                                     'does the forward pass detach, or ignore it?')
         return self._grads, scores.ndim == 2
 
+# %% ../../nbs/3_cam/01_layers.ipynb #dcd1d4f1
+def _check_maps(out, name):
+    "Refuse the output of a layer that has no rows and columns."
+    if not isinstance(out, torch.Tensor) or out.ndim != 4 or out[0, 0].numel() < 2:
+        raise ValueError(f'layer={name!r}: its output is {_what(out)}, not maps (B,K,h,w); '
+                         'name an earlier layer')
+
 def watch(model, names, x, then=lambda out: out):
-    "A forward pass that has a graph from the first of the layers on (everywhere, where gradients are enabled)."
+    "A forward pass whose graph begins at the first of the layers; earlier if gradients are on."
     modules = {model.get_submodule(n): n for n in names}
     acts = {}
     def keep(m, args, out):
-        if not isinstance(out, torch.Tensor) or out.ndim != 4 or out[0, 0].numel() < 2:
-            raise ValueError(f'layer={modules[m]!r}: its output is {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}, not maps (B,K,h,w); name an earlier layer')
+        _check_maps(out, modules[m])
         torch.set_grad_enabled(True) # the caller's `set_grad_enabled` ends it
         acts[modules[m]] = out = out if out.requires_grad else out.detach().requires_grad_()
         return then(out.clone())
@@ -101,24 +165,33 @@ def watch(model, names, x, then=lambda out: out):
         if n not in acts: raise ValueError(f'layer={n!r}: it did not run in the forward pass')
     return Seen(x, logits, [acts[n] for n in names], names)
 
-# %% ../../nbs/3_cam/01_layers.ipynb #dbb50a19
-class LayerLocalizer(Localizer):
-    "A localizer that reads one layer of any CNN. A subclass overrides `weigh(A, G)`, or `maps` where it needs more."
+# %% ../../nbs/3_cam/01_layers.ipynb #2d7d217f
+class _AtLayers(Localizer):
+    "A localizer that knows the layers that it looks at."
     several_layers = False # takes a list of layers
     def __init__(self,
         model, # a CNN whose forward gives logits (B,C), or a fastai Learner
-        layer=None, # dotted name or module; None: the last spatial layer; for LayerCAM also a list
+        layer=None, # dotted name or module, for LayerCAM also a list; None: the last spatial layer
     ):
         super().__init__(model)
         many = isinstance(layer, (list, tuple))
-        if many and not (self.several_layers and layer): raise ValueError(f'layer: {type(self).__name__} takes one layer, got {len(layer)}')
-        self.layers = None if layer is None else [find_layer(self.model, l) for l in (layer if many else [layer])]
+        if many and not (self.several_layers and layer):
+            raise ValueError(f'layer: {type(self).__name__} takes one layer, got {len(layer)}')
+        asked = layer if many else [layer]
+        self.layers = None if layer is None else [find_layer(self.model, l) for l in asked]
 
     def watch(self, x):
         "One forward pass over `x`, with the layer found if need be."
         if self.layers is None: self.layers = [feature_layer(self.model, x)]
         return watch(self.model, self.layers, x)
 
+    def describe(self, preset=None):
+        layers = 'found at the first call' if self.layers is None else ', '.join(self.layers)
+        return super().describe(preset).replace(', preset=', f', layer={layers}, preset=')
+
+# %% ../../nbs/3_cam/01_layers.ipynb #dbb50a19
+class LayerLocalizer(_AtLayers):
+    "Reads one layer of any CNN. A subclass overrides `weigh(A, G)`, or `maps` where it needs more."
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             seen = self.watch(x.clone() if x.is_inference() else x)
@@ -128,15 +201,14 @@ class LayerLocalizer(Localizer):
         "Raw maps from what a pass showed."
         grads, several = seen.gradients(target, create_graph)
         with torch.set_grad_enabled(create_graph):
-            maps = [self.fuse([self.weigh(A.float(), G.float()) for A, G in zip(seen.acts, gs)]) for gs in grads]
+            maps = [self.fuse(self.at_layers(seen.acts, gs)) for gs in grads]
             return torch.stack(maps, 1) if several else maps[0]
+
+    def at_layers(self, acts, grads): # list of (B,h,w), one a layer
+        return [self.weigh(A.float(), G.float()) for A, G in zip(acts, grads)]
 
     def fuse(self, maps): return maps[0]
 
     def weigh(self, A, G): # (B,K,h,w) twice -> (B,h,w)
         "The map that follows from a layer's output and gradient."
         raise NotImplementedError
-
-    def describe(self, preset=None):
-        layers = 'found at the first call' if self.layers is None else ', '.join(self.layers)
-        return super().describe(preset).replace(', preset=', f', layer={layers}, preset=')

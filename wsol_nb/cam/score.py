@@ -7,6 +7,7 @@ __all__ = ['fast_copy', 'ChannelLocalizer', 'ScoreCAM', 'SSCAM', 'ISCAM', 'Ablat
 
 # %% ../../nbs/3_cam/03_score.ipynb #f0f29719
 import copy
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +15,53 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .gradient import weighted_sum
-from .layers import LayerLocalizer, eager
-from ..core import minmax
+from .layers import LayerLocalizer, eager, hooked
+from ..core import expect, minmax
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/03_score.ipynb #6d5de40f
 def _foldable(model, x):
-    "Pairs (convolution, BatchNorm) of which the second ran on the output of the first, each only once."
+    "Pairs (convolution, BatchNorm): the second ran on the output of the first, each only once."
     outs, ran, pairs = {}, {}, []
     def note(m, args, out):
         ran[m] = ran.get(m, 0) + 1
         if isinstance(m, nn.Conv2d): outs[id(out)] = m, out
         elif args and id(args[0]) in outs: pairs.append((outs[id(args[0])][0], m))
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    try: model(x)
-    finally:
-        for h in handles: h.remove()
+    watched = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    with hooked(watched, note): model(x)
     return [(c, b) for c, b in pairs if ran[c] == ran[b] == 1 and b.running_mean is not None]
-
-def _rest(bn):
-    "What remains of a folded BatchNorm: nothing, or timm's activation inside it; None where that is not known."
-    if type(bn) is nn.BatchNorm2d: return nn.Identity()
-    return nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') and hasattr(bn, 'drop') else None
 
 def _fold(conv, bn):
     "Put the BatchNorm's affine map into the convolution."
     scale = (bn.running_var + bn.eps).rsqrt()*(1. if bn.weight is None else bn.weight)
-    shift = (0. if bn.bias is None else bn.bias) + ((0. if conv.bias is None else conv.bias) - bn.running_mean)*scale
-    conv.weight, conv.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (conv.weight*scale.view(-1, 1, 1, 1), shift))
+    b = 0. if conv.bias is None else conv.bias
+    shift = (0. if bn.bias is None else bn.bias) + (b - bn.running_mean)*scale
+    scaled = conv.weight*scale.view(-1, 1, 1, 1)
+    conv.weight = nn.Parameter(scaled.detach(), requires_grad=False)
+    conv.bias = nn.Parameter(shift.detach(), requires_grad=False)
+
+# %% ../../nbs/3_cam/03_score.ipynb #ef60a2fd
+def _rest(bn):
+    "What remains of a folded BatchNorm: nothing, or timm's activation inside it; None: not known."
+    if type(bn) is nn.BatchNorm2d: return nn.Identity()
+    return nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') and hasattr(bn, 'drop') else None
+
+def _folded(model, x):
+    "A copy whose BatchNorms are part of the convolutions before them."
+    net = copy.deepcopy(model)
+    for conv, bn in _foldable(net, x):
+        rest = _rest(bn)
+        if rest is None: continue
+        _fold(conv, bn)
+        places = {m: (parent, n) for parent in net.modules() for n, m in parent.named_children()}
+        parent, name = places[bn]
+        setattr(parent, name, rest)
+    return net
+
+def _same_logits(a, b):
+    "Whether logits are equal, up to what another order of additions explains."
+    tol = 1e-3 if b.dtype == torch.float32 else .05
+    return (a - b).abs().nan_to_num(0).max() <= tol*b.abs().nan_to_num(0).max() + 1e-6
 
 # %% ../../nbs/3_cam/03_score.ipynb #f03e6856
 @torch.no_grad()
@@ -50,23 +70,40 @@ def fast_copy(
     x, # (B,3,H,W) images to compare on
     dtype:torch.dtype=None, # e.g. torch.bfloat16; None: the model's own
 )->nn.Module: # a copy for inference
-    "A copy with BatchNorm folded into convolutions, in channels_last; without folding where the logits would differ."
+    "A copy in channels_last; BatchNorm is folded into convolutions unless the logits would differ."
     expected = model(x)
-    for fold in (True, False):
-        net = copy.deepcopy(model)
-        if fold:
-            for conv, bn in _foldable(net, x):
-                if (rest := _rest(bn)) is None: continue
-                _fold(conv, bn)
-                at = {m: (p, n) for p in net.modules() for n, m in p.named_children()}
-                setattr(*at[bn], rest)
-        net = net.to(memory_format=torch.channels_last)
-        tol = 1e-3 if expected.dtype == torch.float32 else .05
-        if not fold or (net(x) - expected).abs().nan_to_num(0).max() <= tol*expected.abs().nan_to_num(0).max() + 1e-6: return net if dtype is None else net.to(dtype)
+    net = _folded(model, x).to(memory_format=torch.channels_last)
+    if not _same_logits(net(x), expected):
+        net = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    return net if dtype is None else net.to(dtype)
+
+# %% ../../nbs/3_cam/03_score.ipynb #09f79781
+def _most_varying(A, most):
+    "Each image's (k,) channels that vary, at most that many; and their share of the variance (B,)."
+    var = A.flatten(2).var(2, correction=0).nan_to_num(0) # b,k
+    order = var.argsort(dim=1, descending=True, stable=True)
+    asked = [o[:min(most or len(o), int((v > 0).sum()))] for o, v in zip(order, var)]
+    kept = [v[o].sum()/v.sum().clamp(min=1e-30) for o, v in zip(asked, var)]
+    return asked, torch.stack(kept)
+
+# %% ../../nbs/3_cam/03_score.ipynb #9292af6a
+def _jobs(asked, bs, progress):
+    "All (image, channels of a batch), behind a bar on request."
+    jobs = [(i, part) for i, ks in enumerate(asked) for part in ks.split(bs) if len(part)]
+    return progress_bar(jobs, leave=False) if progress else jobs
+
+def _weighed(loc, seen, target, create_graph):
+    "The map of the layer's channels with the weights that the localizer finds for them."
+    A, target = seen.acts[0], target.pinned(seen.logits)
+    several = target.scores(seen.logits).ndim == 2
+    with torch.no_grad(), eager():
+        w = loc.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
+    with torch.set_grad_enabled(create_graph):
+        return weighted_sum(w if several else w[:, 0], A.float()).relu()
 
 # %% ../../nbs/3_cam/03_score.ipynb #33fb3598
 class ChannelLocalizer(LayerLocalizer):
-    "A localizer that weighs channels by running the net again. A subclass overrides `channel_weights`."
+    "Weighs channels by running the net again. A subclass overrides `channel_weights`."
     def __init__(self,
         model, # a CNN whose forward gives logits (B,C), or a fastai Learner
         layer=None, # dotted name or module; None: the last spatial layer
@@ -76,42 +113,62 @@ class ChannelLocalizer(LayerLocalizer):
     ):
         super().__init__(model, layer)
         for name, v in (('channels', channels), ('bs', bs)):
-            if v is not None and (not isinstance(v, int) or v < 1): raise ValueError(f'{name}={v!r}: expected a whole number of at least 1')
+            counts = v is None or isinstance(v, int) and v >= 1
+            expect(counts, name, v, 'a whole number of at least 1')
         self.channels, self.bs, self.progress, self.kept = channels, bs, progress, None
 
     def chosen(self, A): # list of (k,) channel positions, one tensor an image
         "The channels to ask about: those that vary, or the budget's share of them."
-        var = A.flatten(2).var(2, correction=0).nan_to_num(0) # b,k
-        order = var.argsort(dim=1, descending=True, stable=True)
-        asked = [o[:min(self.channels or len(o), int((v > 0).sum()))] for o, v in zip(order, var)]
-        self.kept = torch.stack([v[o].sum()/v.sum().clamp(min=1e-30) for o, v in zip(asked, var)])
+        asked, self.kept = _most_varying(A, self.channels)
         return asked
-
-    def jobs(self, asked):
-        "All (image, channels of a batch), behind a bar on request."
-        jobs = [(i, part) for i, channels in enumerate(asked) for part in channels.split(self.bs) if len(part)]
-        return progress_bar(jobs, leave=False) if self.progress else jobs
 
     def channel_weights(self, x, A, target, logits): # (B,T,K)
         "Weights of the channels of A (B,K,h,w); runs without a graph."
         raise NotImplementedError
 
-    def maps(self, seen, target, create_graph):
-        A, target, several = seen.acts[0], target.pinned(seen.logits), target.scores(seen.logits).ndim == 2
-        with torch.no_grad(), eager(): w = self.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
-        with torch.set_grad_enabled(create_graph): return weighted_sum(w if several else w[:, 0], A.float()).relu()
+    def jobs(self, asked): return _jobs(asked, self.bs, self.progress)
+
+    def maps(self, seen, target, create_graph): return _weighed(self, seen, target, create_graph)
 
 # %% ../../nbs/3_cam/03_score.ipynb #fb0cdef9
 def _scores_of(target, logits, i, rows): # (k,T)
     "The target's scores of image i, had its logits been each of `rows` (k,C)."
     if target.score_fn is None: return rows[:, target.classes(logits)[i].reshape(-1)].float()
-    return torch.stack([target.scores(torch.cat([logits[:i], r[None].to(logits), logits[i + 1:]]))[i] for r in rows])[:, None].float()
+    def score(row):
+        "The callable sees the whole batch, with one row exchanged."
+        return target.scores(torch.cat([logits[:i], row[None].to(logits), logits[i + 1:]]))[i]
+    return torch.stack([score(r) for r in rows])[:, None].float()
+
+# %% ../../nbs/3_cam/03_score.ipynb #08a383ef
+def _channel_masks(A, size): # (k,1,H,W)
+    "H: channels A (k,h,w) at the image's size, each in [0,1]."
+    return minmax(F.interpolate(A[:, None].float(), size, mode='bilinear', align_corners=False))
+
+class _Masked:
+    "Asks a fast copy of the model for the scores of images behind masks."
+    def __init__(self, model, x, target, logits, dtype):
+        mean = getattr(model, 'mean', None)
+        own = isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], 1, 1)
+        self.net, self.dtype = fast_copy(model, x[:1], dtype), dtype or x.dtype
+        self.x, self.target, self.logits = x, target, logits
+        self.blank = mean if own else x.new_zeros(1)
+
+    def scores(self, i, H): # (k,T)
+        "Of image i behind each of the masks H (k,1,H,W)."
+        masked = self.blank + (self.x[i:i + 1] - self.blank)*H
+        masked = masked.to(self.dtype, memory_format=torch.channels_last)
+        return _scores_of(self.target, self.logits, i, self.net(masked))
+
+    def mean_scores(self, i, masks): # (T,k)
+        "The same, averaged over several such H."
+        ys = [self.scores(i, H) for H in masks]
+        return (sum(ys)/len(ys)).T
 
 # %% ../../nbs/3_cam/03_score.ipynb #0906eaf7
 @localizer(needs='features', passes='1 + channels',
            paper='Wang et al., CVPR Workshops 2020', bib='wang2020scorecam')
 class ScoreCAM(ChannelLocalizer):
-    "Channels weighted by the softmax of the scores of the images that they mask (Wang et al. 2020)."
+    "Channels weighted by the softmax of the scores of the images they mask (Wang et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
         dtype:torch.dtype=None, # of the passes, e.g. torch.bfloat16; None: the model's own
     ):
@@ -123,23 +180,15 @@ class ScoreCAM(ChannelLocalizer):
         return [H]
 
     def channel_weights(self, x, A, target, logits):
-        net, asked, dtype, mean = fast_copy(self.model, x[:1], self.dtype), self.chosen(A), self.dtype or x.dtype, getattr(self.model, 'mean', None)
-        blank = mean if isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], 1, 1) else x.new_zeros(1)
-        several = target.scores(logits).reshape(len(x), -1).shape[1]
-        w = torch.full((len(x), several, A.shape[1]), -torch.inf, device=x.device) # b,t,k
-
-        def score(i, H): # k,t
-            masked = (blank + (x[i:i + 1] - blank)*H).to(dtype, memory_format=torch.channels_last)
-            return _scores_of(target, logits, i, net(masked))
-        for i, ks in self.jobs(asked):
-            H = minmax(F.interpolate(A[i, ks, None].float(), x.shape[-2:], mode='bilinear', align_corners=False)).to(x.dtype) # k,1,H,W
-            ys = [score(i, m) for m in self.masks(H)]
-            w[i, :, ks] = (sum(ys)/len(ys)).T
-        flat = A.flatten(2).amax(2) == A.flatten(2).amin(2) # b,k
+        ask, size = _Masked(self.model, x, target, logits, self.dtype), x.shape[-2:]
+        T = target.scores(logits).reshape(len(x), -1).shape[1]
+        w = torch.full((len(x), T, A.shape[1]), -torch.inf, device=x.device) # not asked
+        for i, ks in self.jobs(self.chosen(A)):
+            w[i, :, ks] = ask.mean_scores(i, self.masks(_channel_masks(A[i, ks], size).to(x.dtype)))
+        flat = A.flatten(2).amax(2) == A.flatten(2).amin(2) # b,k: these show the blank image
         for i in range(len(x)):
-            if flat[i].any() and self.channels is None:
-                ys = [score(i, m) for m in self.masks(x.new_zeros(1, 1, *x.shape[-2:]))]
-                w[i, :, flat[i]] = (sum(ys)/len(ys)).T
+            if self.channels is not None or not flat[i].any(): continue
+            w[i, :, flat[i]] = ask.mean_scores(i, self.masks(x.new_zeros(1, 1, *size)))
         return w.softmax(2).nan_to_num(0)
 
 # %% ../../nbs/3_cam/03_score.ipynb #f6f60313
@@ -147,29 +196,34 @@ class ScoreCAM(ChannelLocalizer):
            paper='Wang et al., 2020', bib='wang2020sscam')
 class SSCAM(ScoreCAM):
     "Score-CAM averaged over noisy masks (Wang et al. 2020, SS-CAM)."
-    def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False, dtype:torch.dtype=None,
+    def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
+        dtype:torch.dtype=None, # of the passes
         n:int=35, # noisy masks a channel
         std:float=2., # of the noise; masks are in [0,1]
         seed:int=0, # of the noise
     ):
         super().__init__(model, layer, channels, bs, progress, dtype)
-        if n < 1 or std < 0: raise ValueError(f'n={n}, std={std}: expected at least one mask and no negative noise')
+        expect(n >= 1, 'n', n, 'at least one mask')
+        expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
 
     def masks(self, H):
         gen = torch.Generator().manual_seed(self.seed)
-        return (H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H) for _ in range(self.n))
+        for _ in range(self.n):
+            yield H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H)
 
+# %% ../../nbs/3_cam/03_score.ipynb #8faab28a
 @localizer(needs='features', passes='1 + n channels',
            paper='Naidu et al., 2020', bib='naidu2020iscam')
 class ISCAM(ScoreCAM):
     "Score-CAM integrated over masks that fade in (Naidu et al. 2020)."
-    def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False, dtype:torch.dtype=None,
+    def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
+        dtype:torch.dtype=None, # of the passes
         n:int=10, # steps
-        cumulative:bool=False, # sum the steps up, as reference codes do: the last is (n+1)/2 and not 1
+        cumulative:bool=False, # sum the steps up, as reference codes do: the last is (n+1)/2, not 1
     ):
         super().__init__(model, layer, channels, bs, progress, dtype)
-        if n < 1: raise ValueError(f'n={n}: expected at least one step')
+        expect(n >= 1, 'n', n, 'at least one step')
         self.n, self.cumulative = n, cumulative
 
     def steps(self): # (n,)
@@ -180,58 +234,86 @@ class ISCAM(ScoreCAM):
     def masks(self, H): return (H*t.to(H) for t in self.steps())
 
 # %% ../../nbs/3_cam/03_score.ipynb #98a1ea5e
-def _spread(out, k):
-    "One image's output for k copies of the image, without copying."
-    if isinstance(out, torch.Tensor): return out.expand(k, *out.shape[1:]) if out.ndim and len(out) == 1 else out
-    return type(out)(_spread(o, k) for o in out) if isinstance(out, (list, tuple)) else out
-
 def _parts(m):
     "The modules that are called: a container without a forward of its own stands for its children."
-    return [p for c in m.children() for p in _parts(c)] if isinstance(m, (nn.ModuleList, nn.ModuleDict)) else [m]
+    if not isinstance(m, (nn.ModuleList, nn.ModuleDict)): return [m]
+    return [p for c in m.children() for p in _parts(c)]
+
+def _beside(model, name):
+    "The modules beside a layer, and beside those that it is a part of."
+    path, layer = name.split('.'), model.get_submodule(name)
+    above = [model.get_submodule('.'.join(path[:i])) for i in range(len(path))]
+    parts = [p for a in above for c in a.children() for p in _parts(c)]
+    return [p for p in parts if p not in above and layer not in p.modules()]
+
+def _outputs_before(model, layer, beside, x):
+    "What each module beside the layer gave before it ran, call by call."
+    memory, done = {}, []
+    def note(m, args, out):
+        if m is layer: done.append(1)
+        elif not done: memory.setdefault(m, []).append(out)
+    with hooked(dict.fromkeys([*beside, layer]), note): model(x)
+    return memory
+
+# %% ../../nbs/3_cam/03_score.ipynb #ae91c903
+def _spread(out, k):
+    "One image's output for k copies of the image, without copying."
+    if isinstance(out, torch.Tensor):
+        return out.expand(k, *out.shape[1:]) if out.ndim and len(out) == 1 else out
+    return type(out)(_spread(o, k) for o in out) if isinstance(out, (list, tuple)) else out
+
+def _replay(forward, outs, k):
+    "A forward that gives what is remembered, call by call, and computes when that is used up."
+    outs = iter(outs)
+    def answer(*args, **kw):
+        out = next(outs, None)
+        return forward(*args, **kw) if out is None else _spread(out, k)
+    return answer
+
+@contextmanager
+def _answering(forwards):
+    "Inside, modules answer by other functions than their `forward`."
+    old = {m: m.__dict__.get('forward') for m in forwards}
+    try:
+        for m, f in forwards.items(): m.forward = f
+        yield
+    finally:
+        for m, f in old.items():
+            m.__dict__.pop('forward', None)
+            if f is not None: m.forward = f
+
+# %% ../../nbs/3_cam/03_score.ipynb #4522d9d4
+def _silenced(A, ks): # (k,K,h,w)
+    "Copies of a layer's output (K,h,w), each without one of the channels `ks` (k,)."
+    without = A.repeat(len(ks), 1, 1, 1)
+    without[range(len(ks)), ks] = 0
+    return without
 
 # %% ../../nbs/3_cam/03_score.ipynb #a6ed1f4e
 class _Tail:
     "A net from a layer on, for one image: logits from the layer's output."
     def __init__(self, model, name, x, A, logits):
-        self.model, self.layer, self.x, self.memory = model, model.get_submodule(name), x, {}
-        above = [model.get_submodule('.'.join(name.split('.')[:i])) for i in range(len(name.split('.')))]
-        beside = [p for a in above for c in a.children() for p in _parts(c) if p not in above and p is not self.layer and self.layer not in p.modules()]
-        done = []
-        def note(m, args, out):
-            if m is self.layer: done.append(1)
-            elif not done: self.memory.setdefault(m, []).append(out)
-        handles = [m.register_forward_hook(note) for m in dict.fromkeys([*beside, self.layer])]
-        try: model(x)
-        finally:
-            for h in handles: h.remove()
+        self.model, self.layer, self.x = model, model.get_submodule(name), x
+        self.memory = _outputs_before(model, self.layer, _beside(model, name), x)
         if self.answers(A, logits): return
         self.memory = {} # something works in place on what was remembered: run the whole net
-        if not self.answers(A, logits): raise ValueError(f'layer={name!r}: the net cannot be run again from its output; does the layer run several times?')
+        if not self.answers(A, logits):
+            raise ValueError(f'layer={name!r}: the net cannot be run again from its output; '
+                             'does the layer run several times?')
 
     def answers(self, A, logits):
         "Whether two copies of the untouched output give the logits of the untouched net."
         try: out = self(A.repeat(2, 1, 1, 1))
         except RuntimeError: return False
         tol = 1e-4 if logits.dtype == torch.float32 else .05
-        return out.shape[1:] == logits.shape[1:] and bool(((out - logits).abs().nan_to_num(0) <= tol*(logits.abs().max() + 1e-3).nan_to_num(1)).all())
+        off, scale = (out - logits).abs().nan_to_num(0), (logits.abs().max() + 1e-3).nan_to_num(1)
+        return out.shape[1:] == logits.shape[1:] and bool((off <= tol*scale).all())
 
     def __call__(self, A):
         "Logits (k,C) for outputs A (k,K,h,w) of the layer, which the net may overwrite."
-        outs, old = {m: iter(o) for m, o in self.memory.items()}, {m: m.__dict__.get('forward') for m in [*self.memory, self.layer]}
-        def replay(m):
-            forward = m.forward
-            def answer(*args, **kw):
-                out = next(outs[m], None)
-                return forward(*args, **kw) if out is None else _spread(out, len(A))
-            return answer
-        try:
-            for m in self.memory: m.forward = replay(m)
-            self.layer.forward = lambda *args, **kw: A
-            return self.model(self.x.expand(len(A), *self.x.shape[1:]))
-        finally:
-            for m, f in old.items():
-                m.__dict__.pop('forward', None)
-                if f is not None: m.forward = f
+        forwards = {m: _replay(m.forward, outs, len(A)) for m, outs in self.memory.items()}
+        forwards[self.layer] = lambda *args, **kw: A
+        with _answering(forwards): return self.model(self.x.expand(len(A), *self.x.shape[1:]))
 
 # %% ../../nbs/3_cam/03_score.ipynb #274c3150
 @localizer(needs='features', passes='1 + channels',
@@ -240,16 +322,17 @@ class AblationCAM(ChannelLocalizer):
     "Channels weighted by how much the score falls without them (Desai & Ramaswamy 2020)."
     def channel_weights(self, x, A, target, logits):
         model, low = self.model, A.dtype in (torch.bfloat16, torch.float16)
-        if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float() # differences of nearly equal scores
-        w, scores, tail, at = x.new_zeros(len(x), target.scores(logits).reshape(len(x), -1).shape[1], A.shape[1]), {}, None, None
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not low):
+        if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float()
+        T = target.scores(logits).reshape(len(x), -1).shape[1]
+        w, at, kind = x.new_zeros(len(x), T, A.shape[1]), None, x.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not low):
             for i, ks in self.jobs(self.chosen_alive(A)):
-                if at != i:
-                    tail, at = _Tail(model, self.layers[0], x[i:i + 1], A[i:i + 1], logits[i:i + 1]), i
-                    scores[i] = _scores_of(target, logits, i, tail(A[i:i + 1].clone()))[0] # t
-                without = A[i].repeat(len(ks), 1, 1, 1) # k,K,h,w
-                without[range(len(ks)), ks] = 0
-                w[i, :, ks] = ((scores[i] - _scores_of(target, logits, i, tail(without)))/scores[i].abs().clamp(min=1e-30)).T
+                one = slice(i, i + 1)
+                if at != i: # the first channels of another image
+                    at, tail = i, _Tail(model, self.layers[0], x[one], A[one], logits[one])
+                    whole = _scores_of(target, logits, i, tail(A[one].clone()))[0] # t
+                fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
+                w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T
         return w
 
     def chosen_alive(self, A):

@@ -9,6 +9,8 @@ __all__ = ['grey_levels', 'otsu_threshold', 'otsu_region', 'seed_weights', 'draw
 import torch
 import torch.nn.functional as F
 
+from ..core import expect
+
 # %% ../../nbs/6_dense/01_seeds.ipynb #aaaf6926
 def grey_levels(
     maps:torch.Tensor, # (B,H,W) in [0,1]
@@ -20,9 +22,9 @@ def otsu_threshold(
     q:torch.Tensor, # (B,H,W) int64 levels 0 to 255
 )->torch.Tensor: # (B,) int64: the largest level of the dark side
     "Otsu's threshold of each map, the lowest of equal ones, kept within 1 to 254."
-    B = len(q)
-    hist = torch.zeros(B, 256, dtype=torch.float64, device=q.device)
-    hist.scatter_add_(1, q.reshape(B, -1), torch.ones_like(q.reshape(B, -1), dtype=hist.dtype))
+    flat = q.reshape(len(q), -1)
+    hist = torch.zeros(len(q), 256, dtype=torch.float64, device=q.device)
+    hist.scatter_add_(1, flat, torch.ones_like(flat, dtype=hist.dtype))
     level = torch.arange(256, dtype=hist.dtype, device=q.device)
     share = hist/hist.sum(1, keepdim=True)
     omega, mass = share.cumsum(1), (share*level).cumsum(1)
@@ -31,6 +33,7 @@ def otsu_threshold(
     best = between.amax(1, keepdim=True)
     return (between >= best*(1 - 1e-9)).long().argmax(1).clamp(1, 254)
 
+# %% ../../nbs/6_dense/01_seeds.ipynb #48459d0f
 def otsu_region(
     maps:torch.Tensor, # (B,H,W) in [0,1]
     erode:int=5, # side of the square that must fit into the region around a pixel; 1: no erosion
@@ -42,15 +45,42 @@ def otsu_region(
     core = -F.max_pool2d(-region.float()[:, None], erode, 1, erode//2)[:, 0] > 0
     return torch.where(core.any((1, 2), keepdim=True), core, region)
 
-# %% ../../nbs/6_dense/01_seeds.ipynb #81a7bf0e
+# %% ../../nbs/6_dense/01_seeds.ipynb #f4dd2b60
 def _share(maps, p, within, noise):
-    "The share `p` of the pixels `within` whose map is highest; `noise` decides between equal ones. All (B,H,W)."
+    "The share `p` of the pixels `within` whose map is highest; `noise` decides between equal ones."
     flat, within = maps.flatten(1).masked_fill(~within.flatten(1), -torch.inf), within.flatten(1)
     mixed = noise.flatten(1).argsort(dim=1)
     order = mixed.gather(1, flat.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
-    return (within & (rank < (p*within.sum(1, keepdim=True) + 1e-6).floor())).view_as(maps)
+    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    most = (p*within.sum(1, keepdim=True) + 1e-6).floor()
+    return (within & (rank < most)).view_as(maps)
 
+# %% ../../nbs/6_dense/01_seeds.ipynb #f80bf8fd
+def _foreground(maps, fg, erode, top_p, noise):
+    "Weights of foreground; see the table."
+    if fg == 'map': return maps + 1e-6
+    region = otsu_region(maps, erode)
+    return region.float() if fg == 'otsu' else maps*_share(maps, top_p, region, noise)
+
+def _background(maps, bg, min_p, noise):
+    "Weights of background; see the table."
+    if bg == 'complement': return 1 - maps
+    if bg == 'lowest':
+        return _share(1 - maps, min_p, torch.ones_like(maps, dtype=torch.bool), noise).float()
+    above = maps + 1e-6
+    return 1 - above/above.sum((1, 2), keepdim=True)
+
+def _check_maps(maps):
+    "Refuse what is no batch of maps in [0,1]."
+    is_batch = isinstance(maps, torch.Tensor) and maps.ndim == 3
+    got = tuple(getattr(maps, 'shape', ())) or type(maps).__name__
+    expect(is_batch, 'maps.shape', got, 'a tensor (B,H,W)')
+    if torch.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 1: return
+    raise ValueError('maps: expected finite values in [0,1], '
+                     f'got {maps.min():.4g} to {maps.max():.4g}')
+
+# %% ../../nbs/6_dense/01_seeds.ipynb #81a7bf0e
 def seed_weights(
     maps:torch.Tensor, # (B,H,W) in [0,1], e.g. min-maxed CAMs of the true class
     fg:str='otsu', bg:str='lowest', # see the tables
@@ -60,24 +90,17 @@ def seed_weights(
     noise:torch.Tensor=None, # (B,H,W) decides between equal pixels; None: drawn
 )->tuple: # foreground and background weights, each (B,H,W) float32; all zero for a constant map
     "How readily each pixel becomes a seed of either label."
-    if not isinstance(maps, torch.Tensor) or maps.ndim != 3: raise ValueError(f'maps: expected a tensor (B,H,W), got {tuple(getattr(maps, "shape", ())) or type(maps).__name__}')
-    if not torch.isfinite(maps).all() or maps.min() < 0 or maps.max() > 1: raise ValueError(f'maps: expected finite values in [0,1], got {maps.min():.4g} to {maps.max():.4g}')
-    for name, value, known in (('fg', fg, ('otsu', 'map', 'top')), ('bg', bg, ('lowest', 'complement', 'published'))):
-        if value not in known: raise ValueError(f'{name}={value!r}: expected {", ".join(known)}')
-    if erode < 1 or erode % 2 == 0: raise ValueError(f'erode={erode!r}: expected an odd whole number')
-    for name, value in (('top_p', top_p), ('min_p', min_p)):
-        if not 0 < value <= 1: raise ValueError(f'{name}={value!r}: expected 0 < {name} <= 1')
+    _check_maps(maps)
+    expect(fg in ('otsu', 'map', 'top'), 'fg', fg, 'otsu, map, top')
+    expect(bg in ('lowest', 'complement', 'published'), 'bg', bg, 'lowest, complement, published')
+    expect(erode >= 1 and erode % 2 == 1, 'erode', erode, 'an odd whole number')
+    for name, p in (('top_p', top_p), ('min_p', min_p)):
+        expect(0 < p <= 1, name, p, f'0 < {name} <= 1')
     maps = maps.detach().float()
     if noise is None: noise = torch.rand(maps.shape).to(maps.device)
-    above = maps + 1e-6
-    if fg == 'map': pos = above
-    elif fg == 'otsu': pos = otsu_region(maps, erode).float()
-    else: pos = maps*_share(maps, top_p, otsu_region(maps, erode), noise)
-    if bg == 'lowest': neg = _share(1 - maps, min_p, torch.ones_like(maps, dtype=torch.bool), noise).float()
-    elif bg == 'complement': neg = 1 - maps
-    else: neg = 1 - above/above.sum((1, 2), keepdim=True)
     varied = maps.amax((1, 2), keepdim=True) > maps.amin((1, 2), keepdim=True)
-    return pos*varied, neg*varied
+    pos = _foreground(maps, fg, erode, top_p, noise)
+    return pos*varied, _background(maps, bg, min_p, noise)*varied
 
 # %% ../../nbs/6_dense/01_seeds.ipynb #5ac14f1f
 def draw_pixels(
@@ -86,29 +109,35 @@ def draw_pixels(
     noise:torch.Tensor=None, # (B,H,W) uniform in [0,1); None: drawn
 )->torch.Tensor: # (B,H,W) bool
     "`n` pixels of each image without replacement, in proportion to their weights."
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0: raise ValueError(f'n={n!r}: expected a whole number of at least 0')
+    counts = isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    expect(counts, 'n', n, 'a whole number of at least 0')
     if noise is None: noise = torch.rand(weights.shape).to(weights.device)
     w = weights.flatten(1)
-    first = (-torch.log1p(-noise.flatten(1))/w).topk(min(n, w.shape[1]), 1, largest=False)
-    return torch.zeros_like(w, dtype=torch.bool).scatter_(1, first.indices, first.values.isfinite()).view_as(weights)
+    wait = -torch.log1p(-noise.flatten(1))/w
+    first = wait.topk(min(n, w.shape[1]), 1, largest=False)
+    drawn = torch.zeros_like(w, dtype=torch.bool)
+    return drawn.scatter_(1, first.indices, first.values.isfinite()).view_as(weights)
 
+# %% ../../nbs/6_dense/01_seeds.ipynb #ab9ca8be
 def merge_seeds(
     fg:torch.Tensor, bg:torch.Tensor, # (B,H,W) bool: seeds of either label
 )->torch.Tensor: # (B,H,W) int64: 0 background, 1 foreground, 255 ignored
     "One label map; where both or neither are, pixels are ignored."
     return torch.where(fg == bg, 255, fg.long())
 
+# %% ../../nbs/6_dense/01_seeds.ipynb #5fbc61e3
 def sample_seeds(
     maps:torch.Tensor, # (B,H,W) in [0,1]
     n_fg:int=10, n_bg:int=10, # pixels an image of each label; 0: none
     dilate:int=1, # side of the square that each pixel becomes, odd
-    generator:torch.Generator=None, # on the CPU; the same state draws the same seeds on every device
+    generator:torch.Generator=None, # on the CPU; one state draws the same seeds on every device
     **weights # for `seed_weights`
 )->torch.Tensor: # (B,H,W) int64: 0 background, 1 foreground, 255 ignored
     "Pixel labels drawn from maps. What both labels claim is ignored; a constant map gives none."
-    if dilate < 1 or dilate % 2 == 0: raise ValueError(f'dilate={dilate!r}: expected an odd whole number')
-    noise = torch.rand((len(maps), 3, *maps.shape[1:]), generator=generator).to(maps.device).unbind(1) # image by image, so that the batch does not matter
-    parts = zip(seed_weights(maps, noise=noise[0], **weights), (n_fg, n_bg), noise[1:])
-    drawn = torch.stack([draw_pixels(*p) for p in parts], 1).float()
-    fg, bg = F.max_pool2d(drawn, dilate, 1, dilate//2).bool().unbind(1) # b,h,w each
+    expect(dilate >= 1 and dilate % 2 == 1, 'dilate', dilate, 'an odd whole number')
+    noise = torch.rand((len(maps), 3, *maps.shape[1:]), generator=generator) # image by image
+    ties, *draws = noise.to(maps.device).unbind(1)
+    parts = zip(seed_weights(maps, noise=ties, **weights), (n_fg, n_bg), draws)
+    drawn = torch.stack([draw_pixels(w, n, u) for w, n, u in parts], 1).float() # b,2,h,w
+    fg, bg = F.max_pool2d(drawn, dilate, 1, dilate//2).bool().unbind(1)
     return merge_seeds(fg, bg)

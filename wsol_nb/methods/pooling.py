@@ -27,6 +27,7 @@ class LSE(Method):
     Head = LSEHead
     r: float = 10. # sharpness: towards 0 the mean, towards infinity the maximum
 
+# %% ../../nbs/5_methods/01_pooling.ipynb #d6392a2c
 @method(stages=1)
 @dataclass
 class TopK(Method):
@@ -45,7 +46,7 @@ class WILDCAT(Method):
     alpha: float = .7    # weight of the lowest cells
     halve: bool = False  # divide the score by two, as the authors' code does
 
-# %% ../../nbs/5_methods/01_pooling.ipynb #000103f5
+# %% ../../nbs/5_methods/01_pooling.ipynb #04cc0ada
 @method(stages=1, paper='Zhou et al., CVPR 2018', bib='zhou2018prm')
 @dataclass
 class PRM(Method):
@@ -60,6 +61,7 @@ class GeM(Method):
     Head = GeMHead
     p: float = 3. # 1 is the mean, towards infinity the maximum
 
+# %% ../../nbs/5_methods/01_pooling.ipynb #5345f5ef
 @method(stages=1, paper='Ilse et al., ICML 2018', bib='ilse2018mil')
 @dataclass
 class DeepMIL(Method):
@@ -79,4 +81,5 @@ class SPN(Method):
     wide: bool = False     # of the number of cells, as in the authors' code
     dropout: float = .5    # on the pooled features
 
+# %% ../../nbs/5_methods/01_pooling.ipynb #3d3339ea
 BOTTOM_UP = (GAP, MaxPool, LSE, TopK, WILDCAT, PRM, GeM, DeepMIL, SPN)
