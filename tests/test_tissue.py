@@ -118,7 +118,7 @@ def test_worlds_share_their_folder_layout(root, tmp_path):
     assert df.attrs['negative'] == [] and sorted(df.class_name.unique()) == ['benign', 'malignant'] and df['mask'].map(any).all()
     assert not (tmp_path/'metadata/TISSUE/negative_classes.txt').exists() and read_metadata(tmp_path, 'SYNTH').attrs['negative'] == []
     with pytest.raises(ValueError, match='TISSUE holds another world .*world.normal: False there, True asked'): write_world(tmp_path, TissueWorld(), **COUNTS)
-    with pytest.raises(TypeError, match='world: got 3, expected a World'): write_world(tmp_path, 3)
+    with pytest.raises(TypeError, match='world=3: expected a World'): write_world(tmp_path, 3)
 
 
 @pytest.mark.parametrize('world', [ObjectsWorld(), TissueWorld(), TissueWorld(normal=False)], ids=repr)

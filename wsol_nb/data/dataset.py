@@ -17,13 +17,66 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import read_image
+from ..core import expect, read_image
 from .geometry import RECIPES, draw_geometry, jitter_colours, to_tensor
 from .manifest import labels_of
 from .stores import MapStore, Truth
 from fastai.data.core import TfmdDL
 
-# %% ../../nbs/0_ground/14_dataset.ipynb #d1eb522c
+# %% ../../nbs/0_ground/14_dataset.ipynb #005a3be3
+def _all_classes(labels):
+    "The classes that occur in lists of labels, sorted."
+    return sorted({label for several in labels for label in several})
+
+def _strange(labels, class_ids):
+    "The classes of these labels that are none of `class_ids`."
+    return sorted(set(_all_classes(labels)) - set(class_ids.tolist()))
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #7d75eac8
+def _check_labelled(df):
+    "Refuse images without a label."
+    lost = df.image_id[df.label < 0]
+    if not len(lost): return
+    raise ValueError(f'{len(lost)} images have no label, {lost.iloc[0]!r} first; '
+                     'skip_bad=True leaves them out')
+
+def _check_negative(info):
+    "Refuse negative classes that training has not."
+    strange = sorted(set(info.negative) - set(info.class_ids.tolist()))[:5]
+    if not strange: return
+    n = len(info.class_ids)
+    raise ValueError(f'negative: classes {strange} are none of the {n} training classes')
+
+def _check_splits(info, labels, names):
+    "Refuse a split with classes that training has not."
+    for split, part in labels.groupby(info.manifest.split, sort=False):
+        new = _strange(part, info.class_ids)[:5]
+        if not new: continue
+        train, called = info.roles.get('train', 'train'), ', '.join(map(str, names.reindex(new)))
+        raise ValueError(f'split {split!r} has classes {new} that are not in {train!r} ({called})')
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #2f21fd05
+def _classes(info, labels, names):
+    "Ids and names of the training split's classes, where they are not given."
+    train = labels[info.manifest.split == info.roles.get('train', 'train')]
+    if info.class_ids is None: info.class_ids = np.array(_all_classes(train))
+    if info.class_names is None: info.class_names = [str(names.get(i, i)) for i in info.class_ids]
+
+def _complete(info):
+    "Check a new `DataInfo`, and fill in what follows from its manifest."
+    df, labels = info.manifest, labels_of(info.manifest)
+    _check_labelled(df)
+    names = df.drop_duplicates('label').set_index('label').class_name
+    _classes(info, labels, names)
+    info.multi_label = bool(labels.map(len).max() > 1)
+    info.negative = sorted(map(int, np.atleast_1d(info.negative)))
+    _check_negative(info)
+    recipe = info.recipe if info.recipe != 'photo' else None
+    said = dict(recipe=recipe, negative=info.negative) # a run's config must say it
+    info.source = info.source | {k: v for k, v in said.items() if v}
+    _check_splits(info, labels, names)
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #faaf8769
 @dataclass
 class DataInfo:
     "What all loaders of a dataset share."
@@ -40,32 +93,20 @@ class DataInfo:
     recipe: str = 'photo'     # of `RECIPES`
     negative: list = ()       # class ids whose images have no foreground by definition
 
-    def __post_init__(self):
-        df = self.manifest
-        labels = labels_of(df)
-        if (df.label < 0).any(): raise ValueError(f'{int((df.label < 0).sum())} images have no label, {df.image_id[df.label < 0].iloc[0]!r} first; skip_bad=True leaves them out')
-        train = labels[df.split == self.roles.get('train', 'train')]
-        names = df.drop_duplicates('label').set_index('label').class_name
-        if self.class_ids is None: self.class_ids = np.array(sorted({l for ls in train for l in ls}))
-        if self.class_names is None: self.class_names = [str(names.get(i, i)) for i in self.class_ids]
-        self.multi_label = bool(labels.map(len).max() > 1)
-        self.negative = sorted(map(int, np.atleast_1d(self.negative)))
-        if strange := sorted(set(self.negative) - set(self.class_ids.tolist())): raise ValueError(f'negative: classes {strange[:5]} are none of the {len(self.class_ids)} training classes')
-        said = dict(recipe=self.recipe if self.recipe != 'photo' else None, negative=self.negative)
-        self.source = self.source | {k: v for k, v in said.items() if v} # a run's config must say it
-        for s, part in labels.groupby(df.split, sort=False):
-            new = sorted({l for ls in part for l in ls} - set(self.class_ids.tolist()))
-            if new: raise ValueError(f'split {s!r} has classes {new[:5]} that are not in {self.roles.get("train", "train")!r} ({", ".join(map(str, names.reindex(new[:5])))})')
+    def __post_init__(self): _complete(self)
 
-    def targets(self, df):
-        "Positions in `class_ids`, (n,) int64; several classes an image: multi-hot (n,C) float32."
-        several = labels_of(df)
-        strange = sorted({l for ls in several for l in ls} - set(self.class_ids.tolist()))
-        if strange: raise ValueError(f'label: classes {strange[:5]} are none of the {len(self.class_ids)} training classes')
-        if not self.multi_label: return np.searchsorted(self.class_ids, df.label.to_numpy())
-        hot = np.zeros((len(df), len(self.class_ids)), np.float32)
-        for i, ls in enumerate(several): hot[i, np.searchsorted(self.class_ids, ls)] = 1
-        return hot
+# %% ../../nbs/0_ground/14_dataset.ipynb #031967df
+@patch
+def targets(self:DataInfo, df):
+    "Positions in `class_ids`, (n,) int64; several classes an image: multi-hot (n,C) float32."
+    several = labels_of(df)
+    if strange := _strange(several, self.class_ids)[:5]:
+        n = len(self.class_ids)
+        raise ValueError(f'label: classes {strange} are none of the {n} training classes')
+    if not self.multi_label: return np.searchsorted(self.class_ids, df.label.to_numpy())
+    hot = np.zeros((len(df), len(self.class_ids)), np.float32)
+    for row, ls in zip(hot, several): row[np.searchsorted(self.class_ids, ls)] = 1
+    return hot
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #29271fed
 @patch
@@ -78,9 +119,52 @@ def is_negative(self:DataInfo,
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #d321e1bb
 def _placed(stored, recipe, size, resize, geometry):
-    "A stored map (float) or labels (uint8, nothing between two of them) as a tensor, through the image's crop and flip."
-    if stored.dtype != np.uint8: return torch.from_numpy(np.array(recipe.place(Image.fromarray(stored.astype(np.float32), mode='F'), size, resize, geometry)))
-    return torch.from_numpy(np.array(recipe.place(Image.fromarray(stored), size, resize, geometry, Image.NEAREST), dtype=np.int64))
+    "A stored map (float) or labels (uint8) as a tensor, through the image's crop and flip."
+    if stored.dtype != np.uint8: # a map, float32
+        img = Image.fromarray(stored.astype(np.float32), mode='F')
+        return torch.from_numpy(np.array(recipe.place(img, size, resize, geometry)))
+    placed = recipe.place(Image.fromarray(stored), size, resize, geometry, Image.NEAREST)
+    return torch.from_numpy(np.array(placed, dtype=np.int64))
+
+def _opened(image, exif):
+    "A file, an array or a PIL image as an RGB PIL image."
+    if isinstance(image, (str, Path)): return read_image(image, exif=exif)
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert('RGB')
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #01d4d50f
+def _blind(df):
+    "The table without a way to peek."
+    return df.reset_index(drop=True).drop(columns=['boxes', 'mask', 'ignore'], errors='ignore')
+
+def _check_stored(df, maps):
+    "Refuse images without a stored map, where maps are asked for."
+    lost = [i for i in df.image_id if i not in maps] if maps is not None else []
+    if lost: raise ValueError(f'maps: {len(lost)} of {len(df)} images have no stored map '
+                              f'in {maps.root}, {lost[0]!r} first')
+
+def _named(info, v):
+    "The class name of a position; anything else as it is."
+    scalar = isinstance(v, torch.Tensor) and v.ndim == 0 and not v.is_floating_point()
+    return info.class_names[int(v)] if scalar else v
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #004c5daf
+def _jittered(img, ds, i):
+    "The image in other colours, where the recipe says so; drawn apart from crop and flip."
+    if not ds.recipe.jitter: return img
+    rng = np.random.default_rng([ds.info.seed, ds.epoch, i, 1])
+    return jitter_colours(img, rng, ds.recipe.jitter, ds.recipe.hue)
+
+def _item(ds, i):
+    "Item `i` of a dataset: image, and label and map where it has them."
+    if not 0 <= i < len(ds): raise IndexError(i)
+    g, size, resize = ds.geometry(i), ds.info.size, ds.info.resize
+    img = ds.recipe.place(_opened(ds.paths[i], ds.info.exif), size, resize, g)
+    if g: img = _jittered(img, ds, i)
+    item = (to_tensor(img),)
+    if ds.targets is not None: item += (torch.as_tensor(ds.targets[i]),)
+    if ds.maps is None: return item
+    stored = ds.maps.load(ds.df.image_id[i])
+    return item + (_placed(stored, ds.recipe, size, resize, g),)
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #fe25c651
 class WSOLDataset:
@@ -91,40 +175,47 @@ class WSOLDataset:
         info:DataInfo, # of the whole dataset
         train:bool=False, # random crop and flip
         labelled:bool=True, # items carry a label
-        maps:MapStore=None, # items carry the stored map, or with a `LabelStore` the pixel labels, too
+        maps:MapStore=None, # items carry the stored map, or a `LabelStore`'s pixel labels, too
     ):
-        df = df.reset_index(drop=True)
-        self.df = df.drop(columns=['boxes', 'mask', 'ignore'], errors='ignore') # no way to peek
-        self.info, self.train, self.maps, self.epoch, self.recipe = info, train, maps, 0, RECIPES[info.recipe]
-        lost = [i for i in self.df.image_id if i not in maps] if maps is not None else []
-        if lost: raise ValueError(f'maps: {len(lost)} of {len(df)} images have no stored map in {maps.root}, {lost[0]!r} first')
+        self.df, self.info, self.recipe = _blind(df), info, RECIPES[info.recipe]
+        self.train, self.maps, self.epoch = train, maps, 0
+        _check_stored(self.df, maps)
         self.paths, self.targets = self.df['path'].tolist(), info.targets(df) if labelled else None
 
     def __len__(self): return len(self.paths)
+    def __getitem__(self, i): return _item(self, i)
 
     def geometry(self, i):
         "The crop and flip of image `i` in the present epoch; None outside training."
-        return draw_geometry(self.info.seed, self.epoch, i, np.subtract(self.info.resize, self.info.size), self.recipe.vflip) if self.train else None
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self): raise IndexError(i)
-        path, g, size, resize = self.paths[i], self.geometry(i), self.info.size, self.info.resize
-        if isinstance(path, (str, Path)): img = read_image(path, exif=self.info.exif)
-        else: img = (Image.fromarray(path) if isinstance(path, np.ndarray) else path).convert('RGB')
-        img = self.recipe.place(img, size, resize, g)
-        if g and self.recipe.jitter: img = jitter_colours(img, np.random.default_rng([self.info.seed, self.epoch, i, 1]), self.recipe.jitter, self.recipe.hue)
-        item = (to_tensor(img),)
-        if self.targets is not None: item += (torch.as_tensor(self.targets[i]),)
-        return item if self.maps is None else item + (_placed(self.maps.load(self.df.image_id[i]), self.recipe, size, resize, g),)
+        if not self.train: return None
+        room = np.subtract(self.info.resize, self.info.size)
+        return draw_geometry(self.info.seed, self.epoch, i, room, self.recipe.vflip)
 
     def decode(self, o, full=True):
         "fastai's way from a predicted position to a class name."
-        scalar = lambda v: isinstance(v, torch.Tensor) and v.ndim == 0 and not v.is_floating_point()
-        return tuple(self.info.class_names[int(v)] if scalar(v) else v for v in o)
+        return tuple(_named(self.info, v) for v in o)
 
     def new_empty(self):
         "The same without images: what `learn.export` keeps."
         return WSOLDataset(self.df.iloc[:0], self.info, labelled=False)
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #076a2dce
+def _class_text(info, y):
+    "The name of a label, or all names of a multi-hot row."
+    names = info.class_names
+    return names[int(y)] if y.ndim == 0 else ', '.join(n for n, on in zip(names, y) if on)
+
+def _show_images(images, titles, ncols, figsize):
+    "A grid of images (n,3,H,W) with titles."
+    import matplotlib.pyplot as plt
+    rows = math.ceil(len(images)/ncols)
+    figsize = figsize or (1.9*ncols, 2.1*rows)
+    fig, axs = plt.subplots(rows, ncols, figsize=figsize, squeeze=False)
+    for ax in axs.flat: ax.axis('off')
+    for img, title, ax in zip(images, titles, axs.flat):
+        ax.imshow(img.detach().cpu().permute(1, 2, 0).numpy())
+        ax.set_title(title, fontsize=8)
+    fig.tight_layout(pad=.3)
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #90f63dcf
 class WSOLDL(TfmdDL):
@@ -140,31 +231,22 @@ class WSOLDL(TfmdDL):
 
     def after_iter(self): self.dataset.epoch += self.dataset.train
 
-    def _names(self, y):
-        names = self.dataset.info.class_names
-        return names[int(y)] if y.ndim == 0 else ', '.join(n for n, on in zip(names, y) if on)
-
     def show_batch(self, b=None, max_n=9, ncols=None, figsize=None, titles=None, **kwargs):
         "Images of a batch with their class names."
-        import matplotlib.pyplot as plt
         x, *y = b or self.one_batch()
         n = min(max_n, len(x))
-        ncols = ncols or math.ceil(math.sqrt(n))
-        rows = math.ceil(n/ncols)
-        fig, axs = plt.subplots(rows, ncols, figsize=figsize or (1.9*ncols, 2.1*rows), squeeze=False)
-        for ax in axs.flat: ax.axis('off')
-        for i, ax in zip(range(n), axs.flat):
-            ax.imshow(x[i].detach().cpu().permute(1, 2, 0).numpy())
-            ax.set_title(titles[i] if titles else self._names(y[0][i]) if y else '', fontsize=8)
-        fig.tight_layout(pad=.3)
+        names = [_class_text(self.dataset.info, v) for v in y[0][:n]] if y else ['']*n
+        _show_images(x[:n], titles or names, ncols or math.ceil(math.sqrt(n)), figsize)
 
     def show_results(self, b, out, max_n=9, **kwargs):
         "Images with true and predicted class."
-        if self.dataset.info.multi_label: return self.show_batch(b, max_n, **kwargs)
+        info = self.dataset.info
+        if info.multi_label: return self.show_batch(b, max_n, **kwargs)
         pred = out.argmax(1) if out.ndim == 2 else out
-        self.show_batch(b, max_n, titles=[f'{self._names(y)}\n→ {self._names(p)}' for y, p in zip(b[1], pred)], **kwargs)
+        pairs = [(_class_text(info, y), _class_text(info, p)) for y, p in zip(b[1], pred)]
+        self.show_batch(b, max_n, titles=[f'{y}\n→ {p}' for y, p in pairs], **kwargs)
 
-# %% ../../nbs/0_ground/14_dataset.ipynb #d3067618
+# %% ../../nbs/0_ground/14_dataset.ipynb #58d07c9d
 class LocBatch(NamedTuple):
     "A batch for the evaluator."
     x: torch.Tensor  # (B,3,size,size) in [0,1]; the whole image where the recipe says so
@@ -172,23 +254,27 @@ class LocBatch(NamedTuple):
     rows: np.ndarray # (B,) which rows of `split.df`
     boxes: list      # per image (n,4) int64 on the grid
 
+# %% ../../nbs/0_ground/14_dataset.ipynb #d3067618
 class LocalizableSplit(Truth):
     "A split with its boxes and masks on the evaluation grid; iterate for `LocBatch`es."
     def __init__(self, df, info:DataInfo, split:str, bs:int=32, num_workers:int=0, device=None):
         super().__init__(df, info.size)
-        self.dataset, self.split, self.bs, self.num_workers, self.device = WSOLDataset(df, info), split, bs, num_workers, device
+        self.dataset, self.split, self.device = WSOLDataset(df, info), split, device
+        self.bs, self.num_workers = bs, num_workers
         self.order = np.arange(len(self.df))
 
     def __len__(self): return len(self.order)
 
     def shard(self, rank:int, world:int):
-        "Every `world`-th image from `rank` on: the share of one of several processes. No image is in two, none is repeated to fill up."
+        "Every `world`-th image from `rank` on: a process's share; none is in two, none repeated."
         part = copy.copy(self)
         part.order = self.order[rank::world]
         return part
 
     def __iter__(self):
-        loader = torch.utils.data.DataLoader(self.dataset, self.bs, sampler=self.order.tolist(), num_workers=self.num_workers)
+        order = dict(sampler=self.order.tolist(), num_workers=self.num_workers)
+        loader = torch.utils.data.DataLoader(self.dataset, self.bs, **order)
         for n, (x, y) in enumerate(loader):
             rows = self.order[n*self.bs:n*self.bs + len(x)]
-            yield LocBatch(x.to(self.device), y.to(self.device), rows, [self.boxes[i] for i in rows])
+            boxes = [self.boxes[i] for i in rows]
+            yield LocBatch(x.to(self.device), y.to(self.device), rows, boxes)

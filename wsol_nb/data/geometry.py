@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-# %% ../../nbs/0_ground/13_geometry.ipynb #82d03c7f
+# %% ../../nbs/0_ground/13_geometry.ipynb #bb62884f
 class Geometry(NamedTuple):
     "Where a training crop lies in the resized image, and whether it is flipped."
     x: int
@@ -30,12 +30,15 @@ def draw_geometry(
 )->Geometry:
     "The crop and flip of an image in an epoch."
     rng = np.random.default_rng([seed, epoch, index])
-    return Geometry(*map(int, rng.integers(0, np.add(room, 1), 2)), bool(rng.integers(2)), vflip and bool(rng.integers(2)))
+    x, y = rng.integers(0, np.add(room, 1), 2)
+    flip = bool(rng.integers(2))
+    return Geometry(int(x), int(y), flip, vflip and bool(rng.integers(2)))
 
+# %% ../../nbs/0_ground/13_geometry.ipynb #82d03c7f
 def apply_geometry(
     img, # PIL image of any mode
     size, # side of the result, or without a crop its (W,H)
-    resize=None, # side, or (W,H), of the resized image before the crop; None: `size`, no crop
+    resize=None, # side, or (W,H), of the image before the crop; None: `size`, no crop
     geometry=None, # a Geometry; None: no crop, no flip
     resample=Image.BILINEAR, # Image.NEAREST for labels
 )->Image.Image: # size x size
@@ -43,7 +46,8 @@ def apply_geometry(
     side = resize if geometry else size
     img = img.resize((side, side) if isinstance(side, int) else tuple(side), resample)
     if geometry is None: return img
-    img = img.crop((geometry.x, geometry.y, geometry.x + size, geometry.y + size))
+    x, y = geometry.x, geometry.y
+    img = img.crop((x, y, x + size, y + size))
     if geometry.flip: img = img.transpose(Image.FLIP_LEFT_RIGHT)
     return img.transpose(Image.FLIP_TOP_BOTTOM) if geometry.vflip else img
 
@@ -58,16 +62,18 @@ def to_tensor(
 class Recipe:
     "What becomes of an image on its way to the model."
     vflip: bool = False # flip top and bottom too, in training
-    jitter: float = 0.  # brightness, contrast and saturation change by up to this share, in training
-    hue: float = 0.     # and the hue by up to this share of the colour circle
+    jitter: float = 0.  # largest change of brightness, contrast and saturation, a share
+    hue: float = 0.     # and of the hue, a share of the colour circle
     whole: bool = False # evaluation sees the whole image, at the scale from which crops are taken
 
     def place(self, img, size, resize, geometry, resample=Image.BILINEAR):
         "An image, or a map or labels of it, as large as the model gets it."
-        return apply_geometry(img, resize if self.whole and geometry is None else size, resize, geometry, resample)
+        side = resize if self.whole and geometry is None else size
+        return apply_geometry(img, side, resize, geometry, resample)
 
 RECIPES = dict(photo=Recipe(), histology=Recipe(vflip=True, jitter=.5, hue=.05, whole=True))
 
+# %% ../../nbs/0_ground/13_geometry.ipynb #b0d3e471
 def jitter_colours(
     img, # PIL RGB image
     rng, # numpy Generator
@@ -75,7 +81,9 @@ def jitter_colours(
     hue:float=.05, # largest turn of the hue, as a share of the circle
 )->Image.Image:
     "The image under another light and stain."
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color): img = change(img).enhance(1 + jitter*rng.uniform(-1, 1))
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        img = change(img).enhance(1 + jitter*rng.uniform(-1, 1))
     h, s, v = img.convert('HSV').split()
     turn = round(256*hue*rng.uniform(-1, 1))
-    return Image.merge('HSV', (h.point([(i + turn) % 256 for i in range(256)]), s, v)).convert('RGB')
+    turned = h.point([(i + turn) % 256 for i in range(256)])
+    return Image.merge('HSV', (turned, s, v)).convert('RGB')

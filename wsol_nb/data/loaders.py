@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
 
-from ..core import env_folder
+from ..core import env_folder, expect
 from ..registry import did_you_mean
 from .check import check_manifest, drop_bad
 from .dataset import WSOLDL, DataInfo, LocalizableSplit, WSOLDataset
@@ -30,43 +30,75 @@ from .worlds.disk import write_world
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
-# %% ../../nbs/0_ground/15_loaders.ipynb #194780fa
-def _sound(df, check, skip_bad, train, test):
-    "The manifest after its check, and the rows left out."
-    if not (check or skip_bad): return df, None
-    looked_at = df if check in (True, False) else df[df.split.isin(check)]
-    problems = check_manifest(looked_at, train=train, test=test, progress=len(looked_at) > 500)
-    if not len(problems): return df, None
-    if not skip_bad: raise ValueError(f'the dataset has {describe_problems(problems)}\nskip_bad=True (--skip-bad) goes on without the images that are named')
+# %% ../../nbs/0_ground/15_loaders.ipynb #b934fe62
+def _without_bad(df, problems):
+    "The sound rows, and those left out; what concerns no single image stays an error."
     sound, dropped = drop_bad(df, problems)
     rest = problems[problems.image_id == '']
     if len(rest): raise ValueError(f'the dataset has {describe_problems(rest)}')
     print(f'skipped {len(dropped)} of {len(df)} images: {describe_problems(problems)}')
     return sound, dropped
 
+def _sound(df, check, skip_bad, train, test):
+    "The manifest after its check, and the rows left out."
+    if not (check or skip_bad): return df, None
+    looked_at = df if check in (True, False) else df[df.split.isin(check)]
+    problems = check_manifest(looked_at, train=train, test=test, progress=len(looked_at) > 500)
+    if not len(problems): return df, None
+    if skip_bad: return _without_bad(df, problems)
+    raise ValueError(f'the dataset has {describe_problems(problems)}\n'
+                     'skip_bad=True (--skip-bad) goes on without the images that are named')
+
+# %% ../../nbs/0_ground/15_loaders.ipynb #61d82dd1
+def _own_size(df):
+    "The (W,H) of the first image, to multiples of 32."
+    first = df.path.iloc[0]
+    wh = Image.open(first).size if isinstance(first, (str, Path)) else np.shape(first)[1::-1]
+    return [max(32, 32*round(s/32)) for s in wh]
+
 def _resize(resize, size, df, recipe):
-    "Side or (W,H) of images before the crop; whole images keep the size of the first one, to multiples of 32."
-    if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: expected one of {", ".join(RECIPES)}')
-    if not resize and RECIPES[recipe].whole:
-        first = df.path.iloc[0]
-        wh = Image.open(first).size if isinstance(first, (str, Path)) else np.shape(first)[1::-1]
-        resize = [max(32, 32*round(s/32)) for s in wh]
+    "Side or (W,H) of images before the crop."
+    expect(recipe in RECIPES, 'recipe', recipe, f'one of {", ".join(RECIPES)}')
+    if not resize and RECIPES[recipe].whole: resize = _own_size(df)
     resize = resize or round(size*8/7)
-    if not 0 < size <= np.min(resize): raise ValueError(f'size={size}, resize={resize}: expected 0 < size <= resize')
+    if not 0 < size <= np.min(resize):
+        raise ValueError(f'size={size}, resize={resize}: expected 0 < size <= resize')
     return resize if isinstance(resize, int) else tuple(resize)
 
+# %% ../../nbs/0_ground/15_loaders.ipynb #cfb8071a
 def _roles(df, train, valid, tune, test):
-    "Which split trains, selects by class, selects and tunes by truth, tests: the survey's valcl and valpx where there is no val."
+    "Which split trains, is chosen by (`valid`: classes, `tune`: truth), and tests."
     have = df.split.unique().tolist()
     valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
-    roles = dict(train=train, valid=valid, tune=tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid), test=test)
+    tune = tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid)
+    roles = dict(train=train, valid=valid, tune=tune, test=test)
     for role, name in roles.items():
-        if name not in have and role != 'test': raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; there are: {", ".join(have)}')
+        if name in have or role == 'test': continue
+        raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; '
+                         f'there are: {", ".join(have)}')
     return {role: name if name in have else None for role, name in roles.items()}
+
+def _split_of(info, split):
+    "A split's name from a name or a role."
+    have = info.manifest.split.unique().tolist()
+    name = split if split in have else info.roles.get(split)
+    if name is not None: return name
+    raise ValueError(f'split={split!r}: there are {", ".join(have)}; {did_you_mean(split, have)}')
+
+# %% ../../nbs/0_ground/15_loaders.ipynb #ff70ab61
+def _loaders(info, bs, num_workers, device, maps):
+    "The training loader and that of validation."
+    cpu = torch.device(device).type == 'cpu'
+    if num_workers is None: num_workers = 0 if cpu else min(8, os.cpu_count() or 1)
+    df, common = info.manifest, dict(bs=bs, num_workers=num_workers, device=device)
+    train = WSOLDataset(df[df.split == info.roles['train']], info, train=True, maps=maps)
+    valid = WSOLDataset(df[df.split == info.roles['valid']], info)
+    shuffled = WSOLDL(train, shuffle=True, drop_last=len(train) >= bs, **common)
+    return shuffled, WSOLDL(valid, **common)
 
 # %% ../../nbs/0_ground/15_loaders.ipynb #0d52aa54
 class WSOLDataLoaders(DataLoaders):
-    "fastai DataLoaders for weakly-supervised localization: `train` and `valid` carry images and labels only."
+    "fastai DataLoaders for localization: `train` and `valid` carry images and labels only."
     def __init__(self, *loaders, path='.', device=None, info:DataInfo=None):
         super().__init__(*loaders, path=path, device=device)
         self.info = info or loaders[0].dataset.info
@@ -82,50 +114,48 @@ class WSOLDataLoaders(DataLoaders):
     def from_manifest(cls,
         df, # a manifest
         size:int=224, # side of the model's input and of the evaluation grid
-        resize=None, # side, or (W,H), before the training crop; None: 8/7 of size (256 for 224), for tissue the images' own size
+        # side, or (W,H), before the training crop; None: 8/7 of size, for tissue the images' own
+        resize=None,
         bs:int=32, # batch size
-        train:str='train', valid:str=None, tune:str=None, test:str='test', # the splits that train, choose by class, choose by truth, test
+        train:str='train', # the split that trains
+        valid:str=None, # the split to choose by class; None: val, or valcl
+        tune:str=None, # the split to choose by truth; None: valpx beside valcl, else `valid`
+        test:str='test', # the split that tests
         num_workers:int=None, # worker processes; None: 0 on a CPU, else up to 8
         seed:int=42, # of order, crops and flips
         device=None, # None: fastai's default
-        check=False, # True or a list of splits: decode every image first; faults are an error that names them all
+        # True or a list of splits: decode every image first; an error names all faults
+        check=False,
         skip_bad:bool=False, # with that check: go on without the bad images
         exif:bool=False, # turn images as their EXIF flag says
-        maps:MapStore=None, # stored maps, or pixel labels in a `LabelStore`, that training items carry
+        maps:MapStore=None, # stored maps, or a `LabelStore`'s pixel labels, for training items
         source:dict=None, # how these loaders were made, for the run's config
         recipe:str='photo', # photo or histology, see `RECIPES`
-        negative=None, # class id or ids whose images have no foreground by definition; None: those in `df.attrs`
+        negative=None, # class id or ids without foreground by definition; None: `df.attrs`'s
     ):
         "Loaders of a manifest table."
-        resize, negative = _resize(resize, size, df, recipe), df.attrs.get('negative', ()) if negative is None else negative
-        if not isinstance(bs, int) or bs < 1: raise ValueError(f'bs={bs!r}: expected a whole number of at least 1')
+        resize = _resize(resize, size, df, recipe)
+        if negative is None: negative = df.attrs.get('negative', ())
+        expect(isinstance(bs, int) and bs >= 1, 'bs', bs, 'a whole number of at least 1')
         df, skipped = _sound(df, check, skip_bad, train, test)
-        info = DataInfo(df, size, resize, seed, exif, _roles(df, train, valid, tune, test), source or {}, skipped, recipe=recipe, negative=negative)
-        device = device or default_device()
-        if num_workers is None: num_workers = 0 if torch.device(device).type == 'cpu' else min(8, os.cpu_count() or 1)
-        ds = WSOLDataset(df[df.split == train], info, train=True, maps=maps), WSOLDataset(df[df.split == info.roles['valid']], info)
-        common = dict(num_workers=num_workers, device=device)
-        return cls(WSOLDL(ds[0], bs=bs, shuffle=True, drop_last=len(ds[0]) >= bs, **common), WSOLDL(ds[1], bs=bs, **common), device=device, info=info)
+        roles, device = _roles(df, train, valid, tune, test), device or default_device()
+        info = DataInfo(df, size, resize, seed, exif, roles, source or {}, skipped,
+                        recipe=recipe, negative=negative)
+        loaders = _loaders(info, bs, num_workers, device, maps)
+        return cls(*loaders, device=device, info=info)
 
-# %% ../../nbs/0_ground/15_loaders.ipynb #0f4b8033
-def _split_of(info, split):
-    "A split's name from a name or a role."
-    have = info.manifest.split.unique().tolist()
-    name = split if split in have else info.roles.get(split)
-    if name is None: raise ValueError(f'split={split!r}: there are {", ".join(have)}; {did_you_mean(split, have)}')
-    return name
-
-# %% ../../nbs/0_ground/15_loaders.ipynb #0dfb2c9a
+# %% ../../nbs/0_ground/15_loaders.ipynb #7cc6e5c7
 @patch
 def localizable(self:WSOLDataLoaders,
     split:str='test', # a split's name, or a role: train, valid, test
     bs:int=None, # batch size; None: that of the validation loader
 )->LocalizableSplit:
     "The only door to boxes and masks: a split for the evaluator."
-    name = _split_of(self.info, split)
-    df = self.info.manifest
-    return LocalizableSplit(df[df.split == name], self.info, name, bs or self.valid.bs, self.valid.fake_l.num_workers, self.device)
+    name, df = _split_of(self.info, split), self.info.manifest
+    bs, workers = bs or self.valid.bs, self.valid.fake_l.num_workers
+    return LocalizableSplit(df[df.split == name], self.info, name, bs, workers, self.device)
 
+# %% ../../nbs/0_ground/15_loaders.ipynb #0dfb2c9a
 @patch
 def test_dl(self:WSOLDataLoaders,
     items, # image files, PIL images or (H,W,3) uint8 arrays, or a table with a column `path`
@@ -136,7 +166,8 @@ def test_dl(self:WSOLDataLoaders,
     "A loader over new images, resized as in evaluation."
     df = items if isinstance(items, pd.DataFrame) else pd.DataFrame({'path': list(items)})
     kwargs.pop('rm_type_tfms', None)
-    return self.valid.new(WSOLDataset(df, replace(self.info, exif=exif), labelled=with_labels), **({'shuffle': False, 'drop_last': False} | kwargs))
+    ds = WSOLDataset(df, replace(self.info, exif=exif), labelled=with_labels)
+    return self.valid.new(ds, **({'shuffle': False, 'drop_last': False} | kwargs))
 
 @patch
 def new(self:WSOLDataLoaders, *args, loaders=None, **kwargs):
@@ -151,18 +182,21 @@ def from_metadata(cls:WSOLDataLoaders,
     root=None, # folder with `metadata/<dataset>`; None: WSOL_DATA
     dataset:str='CUB', # e.g. 'CUB', 'GLAS/fold-0'
     images=None, # the images' folder; None: `root/<first part of dataset>`
-    negative=None, # class id or ids whose images have no foreground by definition; None: those that the dataset lists
-    reach:float=None, # pixels by which a box may leave its image, to be cut at the border; None: the dataset's own
+    negative=None, # class id or ids without foreground by definition; None: the dataset's own
+    # pixels by which a box may leave its image, to be cut at the border; None: the dataset's own
+    reach:float=None,
     **kwargs
 ):
     "Loaders of a dataset in the WSOL metadata layout; says what `read_metadata` put right."
     root = root or env_folder('WSOL_DATA')
-    if root is None: raise ValueError('root: expected a folder with metadata/<dataset>, or WSOL_DATA set to one')
+    if root is None:
+        raise ValueError('root: expected a folder with metadata/<dataset>, or WSOL_DATA set to one')
     root, skip = Path(root).resolve(), kwargs.get('skip_bad', False)
     options = {} if reach is None else dict(reach=reach)
     df = read_metadata(root, dataset, images=images, strict=not skip, negative=negative, **options)
     for note in df.attrs['notes']: print(f'{dataset} {note}')
-    source = dict(kind='metadata', root=str(root), dataset=dataset, images=str(images) if images else None, **options)
+    images = str(images) if images else None
+    source = dict(kind='metadata', root=str(root), dataset=dataset, images=images, **options)
     return cls.from_manifest(df, source=source, **kwargs)
 
 # %% ../../nbs/0_ground/15_loaders.ipynb #12123fc3
@@ -175,12 +209,14 @@ def from_folder(cls:WSOLDataLoaders,
     split_seed:int=42, # of that division
     **kwargs
 ):
-    "Loaders of a plain folder of images; there is nothing to localize against, but training and maps work."
+    "Loaders of a plain folder of images; nothing to localize against, but training and maps work."
     root = Path(root).resolve()
     df = folder_manifest(root, valid_pct, test_pct, split_seed)
-    source = dict(kind='folder', root=str(root), valid_pct=valid_pct, test_pct=test_pct, split_seed=split_seed)
+    division = dict(valid_pct=valid_pct, test_pct=test_pct, split_seed=split_seed)
+    source = dict(kind='folder', root=str(root), **division)
     return cls.from_manifest(df, source=source, exif=True, **kwargs)
 
+# %% ../../nbs/0_ground/15_loaders.ipynb #d6db1c89
 @patch(cls_method=True)
 @delegates(WSOLDataLoaders.from_manifest, but=['source'])
 def from_synth(cls:WSOLDataLoaders,

@@ -11,26 +11,29 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...core import expect
+
 # %% ../../../nbs/0_ground/08_world.ipynb #eed41663
 def check_range(name, value, lo, hi, kind=float):
     "`value` as an increasing pair of `kind` within [lo,hi], or a ValueError that names it."
-    want = f'expected (low, high) with {lo} <= low <= high <= {hi}'
-    try: pair = tuple(kind(v) for v in value)
-    except (TypeError, ValueError): raise ValueError(f'{name}: got {value!r}, {want}') from None
-    if len(pair) != 2 or not lo <= pair[0] <= pair[1] <= hi or any(p != v for p, v in zip(pair, value)):
-        raise ValueError(f'{name}: got {value!r}, {want}')
+    try:
+        given = tuple(value)
+        pair = tuple(map(kind, given))
+    except (TypeError, ValueError): given = pair = ()
+    ok = len(pair) == 2 and pair == given and lo <= pair[0] <= pair[1] <= hi
+    expect(ok, name, value, f'(low, high) with {lo} <= low <= high <= {hi}')
     return pair
 
 def check_number(name, value, lo, hi, whole=False):
     "A ValueError that names `value` unless it is a number (an int where `whole`) within [lo,hi]."
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not lo <= value <= hi:
-        raise ValueError(f'{name}: got {value!r}, expected {"an int" if whole else "a number"} from {lo} to {hi}')
+    ok = isinstance(value, kinds) and not isinstance(value, bool) and lo <= value <= hi
+    expect(ok, name, value, f'{"an int" if whole else "a number"} from {lo} to {hi}')
     return int(value) if whole else float(value)
 
 # %% ../../../nbs/0_ground/08_world.ipynb #c2b7ca90
 class World:
-    "A recipe of pictures: a frozen dataclass of numbers, and what `nth_scene` and `write_world` ask of it."
+    "A recipe of pictures: a frozen dataclass of numbers, what `nth_scene` and `write_world` ask."
     kind, dataset = '', 'SYNTH' # in `world.json`; the data set's name on disk
     class_names = () # one word per class
     negative = () # the class ids whose images have no foreground
@@ -41,7 +44,7 @@ class World:
         raise NotImplementedError
 
     def records(self, scene, mask):
-        "What each of `files` says of a scene after its path; `mask`: the mask's file, or '' in a negative class."
+        "What each of `files` says of a scene after its path; `mask`: its file, '' if negative."
         raise NotImplementedError
 
 # %% ../../../nbs/0_ground/08_world.ipynb #2694a918
@@ -50,7 +53,7 @@ def mask_box(
 )->np.ndarray: # (4,) int64 x0,y0,x1,y1, inclusive
     "The tight box of a mask, or a ValueError where the mask is empty."
     ys, xs = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-    if not len(xs): raise ValueError(f'mask: got {mask.shape} without any object pixel, expected at least one')
+    expect(len(xs) > 0, 'mask.any()', False, f'an object pixel in this mask of {mask.shape}')
     return np.array([xs[0], ys[0], xs[-1], ys[-1]], np.int64)
 
 # %% ../../../nbs/0_ground/08_world.ipynb #12088665

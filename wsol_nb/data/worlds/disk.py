@@ -13,56 +13,100 @@ from pathlib import Path
 import cv2
 from fastprogress.fastprogress import progress_bar
 
+from ...core import expect
 from .base import World, check_number, nth_scene
 from .objects import ObjectsWorld
 
-# %% ../../../nbs/0_ground/11_disk.ipynb #6dffdc2b
+# %% ../../../nbs/0_ground/11_disk.ipynb #5703885f
 def _write_image(path, image, *options):
     "Write an RGB or grey image, or raise: OpenCV itself only returns False."
     path.parent.mkdir(parents=True, exist_ok=True)
     if image.ndim == 3: image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    if not cv2.imwrite(str(path), image, list(options)): raise OSError(f'{path}: could not be written')
+    if not cv2.imwrite(str(path), image, list(options)):
+        raise OSError(f'{path}: could not be written')
 
 def _write_lines(path, rows):
     "One row of values per line, comma-separated, no newline at the end."
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes('\n'.join(','.join(map(str, row)) for row in rows).encode())
 
+# %% ../../../nbs/0_ground/11_disk.ipynb #13cc3aa0
+def _save_scene(images, world, scene, stem):
+    "Write image and mask below `images`; what each list says of them, a row each."
+    path, mask = f'{stem}.jpg', '' if scene.label in world.negative else f'masks/{stem}.png'
+    _write_image(images/path, scene.image, cv2.IMWRITE_JPEG_QUALITY, 92)
+    if mask: _write_image(images/mask, 255*scene.mask)
+    height, width = scene.mask.shape
+    said = (), (scene.label,), (width, height), *world.records(scene, mask)
+    return [(path, *row) for row in said]
+
 def _write_split(images, meta, world, split, numbers, seed):
     "Draw a split; images and masks go below `images`, the lists below `meta`."
-    names, lists = world.class_names, {k: [] for k in ('image_ids', 'class_labels', 'image_sizes', *world.files)}
+    names = 'image_ids', 'class_labels', 'image_sizes', *world.files
+    lists = {name: [] for name in names}
     for i in numbers:
-        s = nth_scene(world, split, i, seed)
-        stem = f'{split}/{names[s.label]}/{i:04d}'
-        path, mask = f'{stem}.jpg', '' if s.label in world.negative else f'masks/{stem}.png'
-        _write_image(images/path, s.image, cv2.IMWRITE_JPEG_QUALITY, 92)
-        if mask: _write_image(images/mask, 255*s.mask)
-        rows = (), (s.label,), s.mask.shape[::-1], *world.records(s, mask)
-        for rest, row in zip(lists.values(), rows, strict=True): rest.append((path, *row))
+        scene = nth_scene(world, split, i, seed)
+        stem = f'{split}/{world.class_names[scene.label]}/{i:04d}'
+        rows = _save_scene(images, world, scene, stem)
+        for rest, row in zip(lists.values(), rows, strict=True): rest.append(row)
     for name, rest in lists.items(): _write_lines(meta/split/f'{name}.txt', rest)
 
-# %% ../../../nbs/0_ground/11_disk.ipynb #fda8e13e
+# %% ../../../nbs/0_ground/11_disk.ipynb #7df4c39a
 def _differences(old, new, at=''):
     "Every setting in which two nested dicts differ, as text."
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted(old.keys() | new.keys())
-                for d in _differences(old.get(k), new.get(k), f'{at}.{k}'.strip('.'))]
-    return [] if old == new else [f'{at}: {old} there, {new} asked']
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f'{at}: {old} there, {new} asked']
+    found = []
+    for k in sorted(old.keys() | new.keys()):
+        found += _differences(old.get(k), new.get(k), f'{at}.{k}'.strip('.'))
+    return found
+
+# %% ../../../nbs/0_ground/11_disk.ipynb #fda8e13e
+def _count(images):
+    "How many images and masks lie in a world's folder."
+    files = images.glob('*/*/*.jpg'), images.glob('masks/*/*/*.png')
+    return tuple(sum(1 for _ in found) for found in files)
 
 def _is_written(images, meta, config, expected, overwrite):
-    "Whether this very world lies there complete, (images, masks) as `expected`; if not, clear its place, or say why not."
+    "Whether this very world is complete, with `expected` files; if not, clear its place or refuse."
     stamp, started = meta/'world.json', meta/'world.json.part'
     if stamp.exists():
         differ = _differences(json.loads(stamp.read_text()), config)
-        have = sum(1 for _ in images.glob('*/*/*.jpg')), sum(1 for _ in images.glob('masks/*/*/*.png'))
-        if not differ and have == expected: return True
+        if not differ and _count(images) == expected: return True
         if differ and not overwrite:
             raise ValueError(f'name: {images} holds another world ({"; ".join(differ)}), '
                              'expected overwrite=True or a new name')
     elif not started.exists() and (images.exists() or meta.exists()):
-        raise ValueError(f'name: {images} or {meta} exists and is not a synthetic world, expected a new name')
+        raise ValueError(f'name: {images} or {meta} exists and is not a synthetic world, '
+                         'expected a new name')
     for folder in (images, meta): shutil.rmtree(folder, ignore_errors=True)
     return False
+
+# %% ../../../nbs/0_ground/11_disk.ipynb #d02d71c4
+def _config(world, seed, counts):
+    "What `world.json` will say, in the types that JSON gives back."
+    for split, n in counts.items():
+        counts[split] = check_number(f'n_{split}', n, 0, 10**6, whole=True)
+    seed = check_number('seed', seed, 0, 2**32 - 1, whole=True)
+    said = dict(kind=world.kind, world=asdict(world), seed=seed, counts=counts)
+    return json.loads(json.dumps(said))
+
+def _n_masks(world, counts):
+    "How many of the images have a mask: those of classes that are not negative."
+    classes = len(world.class_names)
+    return sum(i % classes not in world.negative for n in counts.values() for i in range(n))
+
+def _write(images, meta, world, config, progress):
+    "Write all of a world; `world.json` comes last."
+    images.mkdir(parents=True)
+    meta.mkdir(parents=True)
+    (meta/'world.json.part').write_text(json.dumps(config, indent=1))
+    _write_lines(meta/'class_names.txt', enumerate(world.class_names))
+    if world.negative: _write_lines(meta/'negative_classes.txt', [(k,) for k in world.negative])
+    for split, n in config['counts'].items():
+        numbers = progress_bar(range(n), leave=False) if progress else range(n)
+        _write_split(images, meta, world, split, numbers, config['seed'])
+    (meta/'world.json.part').replace(meta/'world.json')
 
 # %% ../../../nbs/0_ground/11_disk.ipynb #1e5c5876
 def write_world(
@@ -72,29 +116,20 @@ def write_world(
     n_val:int=80, # number of validation images in all
     n_test:int=160, # number of test images in all
     seed:int=0, # of the data set, at least 0
-    name:str=None, # of the data set, one folder name; None: the world's own, 'SYNTH' for objects
+    name:str=None, # one folder name; None: the world's own, 'SYNTH' for objects
     overwrite:bool=False, # replace a different world of that name
     progress:bool=True, # show a progress bar
 )->Path: # `root/name`, which the paths in the metadata start from
     "Write a world to disk in the WSOL metadata layout; at once if it is there already."
     world = ObjectsWorld() if world is None else world
-    if not isinstance(world, World): raise TypeError(f'world: got {world!r}, expected a World, e.g. ObjectsWorld()')
+    expect(isinstance(world, World), 'world', world, 'a World, e.g. ObjectsWorld()', TypeError)
     name = world.dataset if name is None else name
-    if name in ('', '.', '..', 'metadata') or Path(name).name != name:
-        raise ValueError(f"name: got {name!r}, expected one folder name other than 'metadata'")
-    counts = dict(train=n_train, val=n_val, test=n_test)
-    counts = {split: check_number(f'n_{split}', n, 0, 10**6, whole=True) for split, n in counts.items()}
-    seed = check_number('seed', seed, 0, 2**32 - 1, whole=True)
-    config = json.loads(json.dumps(dict(kind=world.kind, world=asdict(world), seed=seed, counts=counts)))
+    fits = name not in ('', '.', '..', 'metadata') and Path(name).name == name
+    expect(fits, 'name', name, "one folder name other than 'metadata'")
+    config = _config(world, seed, dict(train=n_train, val=n_val, test=n_test))
     images, meta = Path(root)/name, Path(root)/'metadata'/name
-    shown = sum(i % len(world.class_names) not in world.negative for n in counts.values() for i in range(n))
-    if _is_written(images, meta, config, (sum(counts.values()), shown), overwrite): return images
-    images.mkdir(parents=True); meta.mkdir(parents=True)
-    (meta/'world.json.part').write_text(json.dumps(config, indent=1))
-    _write_lines(meta/'class_names.txt', enumerate(world.class_names))
-    if world.negative: _write_lines(meta/'negative_classes.txt', [(k,) for k in world.negative])
-    for split, n in counts.items():
-        numbers = progress_bar(range(n), leave=False) if progress else range(n)
-        _write_split(images, meta, world, split, numbers, seed)
-    (meta/'world.json.part').replace(meta/'world.json')
+    counts = config['counts']
+    expected = sum(counts.values()), _n_masks(world, counts)
+    if not _is_written(images, meta, config, expected, overwrite):
+        _write(images, meta, world, config, progress)
     return images

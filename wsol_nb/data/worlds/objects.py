@@ -13,21 +13,36 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from ...core import expect
 from .base import World, check_number, check_range, mask_box
 from .paint import blend, cover, GROUNDS, background, child_rng, noise
 from ...registry import world
 
 # %% ../../../nbs/0_ground/10_objects.ipynb #2bdc1a93
 SHAPES = ('star', 'ring', 'cross', 'moon', 'arrow', 'flower', 'bars', 'bolt')
-COLOURS = dict(red=(226, 44, 44), yellow=(250, 214, 40), blue=(48, 112, 240), pink=(250, 96, 190),
-               lime=(130, 224, 48), white=(248, 248, 248), cyan=(60, 220, 230), orange=(252, 140, 26))
+COLOURS = dict(
+    red=(226, 44, 44), yellow=(250, 214, 40), blue=(48, 112, 240), pink=(250, 96, 190),
+    lime=(130, 224, 48), white=(248, 248, 248), cyan=(60, 220, 230), orange=(252, 140, 26))
 
 def class_emblem(
     label:int, # 0 to 63
 )->tuple: # (colour name, shape name)
-    "The emblem of a class: the first eight share neither colour nor shape, and all 64 pairs are used once."
+    "A class's emblem: the first eight share neither colour nor shape, all 64 pairs are used once."
     colour = (label + 3*(label//len(SHAPES))) % len(COLOURS)
     return list(COLOURS)[colour], SHAPES[label % len(SHAPES)]
+
+# %% ../../../nbs/0_ground/10_objects.ipynb #25867ff4
+def _checked(world):
+    "The rules of a world by name, as plain numbers, or a ValueError that names the wrong one."
+    rules = dict(
+        n_classes=check_number('n_classes', world.n_classes, 2, 64, whole=True),
+        part_ratio=check_number('part_ratio', world.part_ratio, .1, .6),
+        object_size=check_range('object_size', world.object_size, .1, .95),
+        context_bias=check_number('context_bias', world.context_bias, 0, 1),
+        n_distractors=check_number('n_distractors', world.n_distractors, 0, 20, whole=True),
+        image_size=check_range('image_size', world.image_size, 48, 1024, int))
+    expect(world.version == '1.0', 'version', world.version, "'1.0'")
+    return rules
 
 # %% ../../../nbs/0_ground/10_objects.ipynb #f17ca08e
 @world()
@@ -37,21 +52,16 @@ class ObjectsWorld(World):
     kind, files = 'objects', ('localization', 'masks', 'parts')
     n_classes:int=8 # number of classes, 2 to 64
     part_ratio:float=.3 # diameter of the class part over the length of the body, .1 to .6
-    object_size:tuple=(.4, .75) # (low, high) of the object's longer side over the image's shorter side, .1 to .95
-    context_bias:float=0. # probability in [0,1] that the background is the class's own scene, not a random one
+    # (low, high) of the object's longer side over the image's shorter side, .1 to .95
+    object_size:tuple=(.4, .75)
+    # probability in [0,1] that the background is the class's own scene, not a random one
+    context_bias:float=0.
     n_distractors:int=2 # stones in the colours of a body, per image, 0 to 20
     image_size:tuple=(112, 160) # (low, high) of each image side, in pixels, 48 to 1024
     version:str='1.0' # of the drawing code; only '1.0' exists
 
     def __post_init__(self):
-        keep = lambda name, value: object.__setattr__(self, name, value)
-        keep('n_classes', check_number('n_classes', self.n_classes, 2, 64, whole=True))
-        keep('part_ratio', check_number('part_ratio', self.part_ratio, .1, .6))
-        keep('object_size', check_range('object_size', self.object_size, .1, .95))
-        keep('context_bias', check_number('context_bias', self.context_bias, 0, 1))
-        keep('n_distractors', check_number('n_distractors', self.n_distractors, 0, 20, whole=True))
-        keep('image_size', check_range('image_size', self.image_size, 48, 1024, int))
-        if self.version != '1.0': raise ValueError(f"version: got {self.version!r}, expected '1.0'")
+        for name, value in _checked(self).items(): object.__setattr__(self, name, value)
 
     @property
     def class_names(self)->list: # one word per class, like 'red_star'
@@ -61,10 +71,7 @@ class ObjectsWorld(World):
 
     def records(self, scene, mask): return scene.box, (mask, ''), scene.part_box
 
-# %% ../../../nbs/0_ground/10_objects.ipynb #14e88213
-BODY_COLOURS = ((124, 92, 64), (104, 110, 74), (92, 110, 130), (152, 124, 88), (114, 86, 108), (82, 114, 106),
-                (156, 146, 128), (92, 82, 78))
-
+# %% ../../../nbs/0_ground/10_objects.ipynb #b49c47fd
 class _Body(NamedTuple):
     "A body in its own frame: x runs from tail (-1) to head (+1)."
     aspect:float # half width over half length
@@ -75,48 +82,59 @@ def _radius(body, angle):
     "Distance of the outline from the centre, before the aspect is applied; 1 for an ellipse."
     return 1 + sum(a*np.cos((k + 2)*angle + p) for k, (a, p) in enumerate(body.waves))
 
-def _oval(x, y, rx, ry, turn=0., n=28):
-    "An ellipse as a polygon (n,2)."
-    t = np.linspace(0, 2*np.pi, n, endpoint=False)
-    c, s = math.cos(turn), math.sin(turn)
-    return np.stack([x + c*rx*np.cos(t) - s*ry*np.sin(t), y + s*rx*np.cos(t) + c*ry*np.sin(t)], -1)
-
-def _new_body(rng, limbs=True):
-    "A random body, or with `limbs=False` a stone: the same outlines without feet, tail and head."
-    aspect = rng.uniform(.66, .95)
-    waves = np.stack([rng.uniform(0, [.05, .035, .02]), rng.uniform(0, 2*np.pi, 3)], -1).astype(np.float32)
-    body, feet, tail = _Body(aspect, waves, []), int(rng.choice([0, 4, 6])), rng.random() < .6
-    angles = {0: [], 4: [45, 135, 225, 315], 6: [40, 90, 140, 220, 270, 320]}[feet]
-    for a in np.deg2rad(angles + rng.uniform(-8, 8, feet)):
-        r = .98*_radius(body, a)
-        body.limbs.append(_oval(r*math.cos(a), r*aspect*math.sin(a), .24, .12, a + rng.uniform(-.4, .4)))
-    if tail: body.limbs.append(np.array([[-.8, -.12], [-1.3, rng.uniform(-.1, .1)], [-.8, .12]]))
-    body.limbs.append(_oval(1., 0., .24, .2*rng.uniform(.8, 1.2)))
-    return body if limbs else body._replace(limbs=[])
-
 def _outline(body, n=72):
     "The shell's outline as a polygon (n,2)."
     t = np.linspace(0, 2*np.pi, n, endpoint=False)
     r = _radius(body, t)
     return np.stack([r*np.cos(t), body.aspect*r*np.sin(t)], -1)
 
+def _oval(x, y, rx, ry, turn=0., n=28):
+    "An ellipse as a polygon (n,2)."
+    t = np.linspace(0, 2*np.pi, n, endpoint=False)
+    c, s = math.cos(turn), math.sin(turn)
+    return np.stack([x + c*rx*np.cos(t) - s*ry*np.sin(t), y + s*rx*np.cos(t) + c*ry*np.sin(t)], -1)
+
+# %% ../../../nbs/0_ground/10_objects.ipynb #ae79519b
+_FEET = {0: [], 4: [45, 135, 225, 315], 6: [40, 90, 140, 220, 270, 320]} # degrees from the head
+
+def _foot(body, angle, rng):
+    "A foot on the edge of the shell, about in the direction that it sticks out."
+    r = .98*_radius(body, angle)
+    turn = angle + rng.uniform(-.4, .4)
+    return _oval(r*math.cos(angle), r*body.aspect*math.sin(angle), .24, .12, turn)
+
+def _new_body(rng, limbs=True):
+    "A random body, or with `limbs=False` a stone: the same outlines without feet, tail and head."
+    aspect = rng.uniform(.66, .95)
+    waves = np.stack([rng.uniform(0, [.05, .035, .02]), rng.uniform(0, 2*np.pi, 3)], -1)
+    body = _Body(aspect, waves.astype(np.float32), [])
+    feet, tail = int(rng.choice([0, 4, 6])), rng.random() < .6
+    angles = np.deg2rad(_FEET[feet] + rng.uniform(-8, 8, feet))
+    for a in angles: body.limbs.append(_foot(body, a, rng))
+    if tail: body.limbs.append(np.array([[-.8, -.12], [-1.3, rng.uniform(-.1, .1)], [-.8, .12]]))
+    body.limbs.append(_oval(1., 0., .24, .2*rng.uniform(.8, 1.2))) # the head
+    return body if limbs else body._replace(limbs=[])
+
 # %% ../../../nbs/0_ground/10_objects.ipynb #3a2994ea
 class _Pose(NamedTuple):
-    "Where a body lies in the image: centre and half length in pixels, direction of the head in radians."
+    "Where a body lies: centre and half length in pixels, direction of the head in radians."
     x:float
     y:float
     scale:float
     turn:float
+
     def __call__(self, pts):
         "Points of the body's frame in image pixels, (...,2)."
         c, s = math.cos(self.turn), math.sin(self.turn)
         return np.asarray(pts) @ np.array([[c, s], [-s, c]])*self.scale + [self.x, self.y]
+
     def inverse(self, h, w):
         "The body's coordinates of every pixel centre, two (h,w) arrays."
         c, s = math.cos(self.turn)/self.scale, math.sin(self.turn)/self.scale
         dx = np.arange(w, dtype=np.float32) + np.float32(.5 - self.x)
         dy = np.arange(h, dtype=np.float32)[:, None] + np.float32(.5 - self.y)
         return c*dx + s*dy, c*dy - s*dx
+
     def window(self, h, w, reach=1.75):
         "The slices of the image that hold the body and its shadow, and the pose within them."
         r = reach*self.scale + 3
@@ -124,44 +142,71 @@ class _Pose(NamedTuple):
         x1, y1 = min(w, math.ceil(self.x + r)), min(h, math.ceil(self.y + r))
         return np.s_[y0:y1, x0:x1], self._replace(x=self.x - x0, y=self.y - y0)
 
-# %% ../../../nbs/0_ground/10_objects.ipynb #4a10ea68
+# %% ../../../nbs/0_ground/10_objects.ipynb #47c78d9a
+def _soft(f):
+    "A soft step from 0 to 1 at f = 0."
+    return .5 + .5*np.tanh(3*f)
+
 def _coat(rng, u, v):
     "A pattern (h,w) in [0,1] over the body's frame: plain, bands, spots or plates."
     kind, k, phase = rng.integers(4), rng.uniform(5, 9), rng.uniform(0, 2*np.pi)
-    soft = lambda f: .5 + .5*np.tanh(3*f)
-    if kind == 1: return soft(np.sin(k*u + .8*np.cos(3*v) + phase))
-    if kind == 2: return soft(np.cos(k*u + phase)*np.cos(k*v) - .35)
-    if kind == 3: return soft(np.minimum(np.abs(np.cos(.5*k*u + phase)), np.abs(np.cos(.5*k*v))) - .3)
-    return np.zeros_like(u)
+    if kind == 1: return _soft(np.sin(k*u + .8*np.cos(3*v) + phase))
+    if kind == 2: return _soft(np.cos(k*u + phase)*np.cos(k*v) - .35)
+    if kind == 0: return np.zeros_like(u)
+    across, along = np.abs(np.cos(.5*k*u + phase)), np.abs(np.cos(.5*k*v))
+    return _soft(np.minimum(across, along) - .3)
 
-def _fur(body, u, v, rng, sun, size):
-    "Colours of shell (h,w,3) and limbs (h,w,3), and the shading (h,w) of a dome lit from `sun`, in the body's frame."
+def _dome(body, u, v, sun):
+    "Height of the shell, nearness to `sun`, and shading: each (h,w), in the body's frame."
     q = np.hypot(u, v/body.aspect)/_radius(body, np.arctan2(v/body.aspect, u))
     dome, lit = np.sqrt((1 - q**2).clip(0)), sun[0]*u + sun[1]*v
     shade = (.62 + .3*dome + .42*lit).clip(.25, 1.3)*(1 - .3*q.clip(0, 1)**8)
-    base = np.float32(BODY_COLOURS[rng.integers(len(BODY_COLOURS))])*np.float32(rng.uniform(.85, 1.15))
-    other = base*np.float32(rng.uniform(.6, .8)) if rng.random() < .6 else 255 - .55*(255 - base)
+    return dome, lit, shade
+
+# %% ../../../nbs/0_ground/10_objects.ipynb #4b128c06
+BODY_COLOURS = ((124, 92, 64), (104, 110, 74), (92, 110, 130), (152, 124, 88),
+                (114, 86, 108), (82, 114, 106), (156, 146, 128), (92, 82, 78))
+
+def _two_tones(rng):
+    "The colour of a body and the darker or paler one of its coat, (3,) float32 each."
+    base = np.float32(BODY_COLOURS[rng.integers(len(BODY_COLOURS))])
+    base = base*np.float32(rng.uniform(.85, 1.15))
+    if rng.random() < .6: return base, base*np.float32(rng.uniform(.6, .8))
+    return base, 255 - .55*(255 - base)
+
+def _fur(body, u, v, rng, sun, size):
+    "Colours of shell and limbs (h,w,3), and shading (h,w), of a dome lit from `sun`."
+    dome, lit, shade = _dome(body, u, v, sun)
+    base, other = _two_tones(rng)
     mottle = noise(rng, *u.shape, size, octaves=3)
     coat = .75*_coat(rng, u, v) + .2*mottle
-    shell = (base + coat[..., None]*(other - base))*(shade + .12*(mottle - .5))[..., None]
-    shell += 70*(lit.clip(0)*dome)[..., None]**2
-    return shell.clip(0, 255), .62*base*(.9 + .3*lit.clip(-1, 1))[..., None], shade
+    tone = shade + .12*(mottle - .5)
+    shell = (base + coat[..., None]*(other - base))*tone[..., None]
+    shell += 70*(lit.clip(0)*dome)[..., None]**2 # the highlight
+    limbs = .62*base*(.9 + .3*lit.clip(-1, 1))[..., None]
+    return shell.clip(0, 255), limbs, shade
 
-def _paint_body(img, body, pose, rng, light):
-    "Paint shadow, limbs and shell in place; returns the coverage of the whole and the shading (h,w)."
+# %% ../../../nbs/0_ground/10_objects.ipynb #97ee97af
+def _cast_shadow(img, whole, pose, light):
+    "Darken the ground on the side away from the light, in place."
     h, w = img.shape[:2]
-    shell, limbs = pose(_outline(body)), [pose(p) for p in body.limbs]
-    whole, top = cover([shell, *limbs], h, w), cover([shell], h, w)
     shift = -light*(.1*pose.scale + 1)
     shadow = cv2.warpAffine(whole, np.float32([[1, 0, shift[0]], [0, 1, shift[1]]]), (w, h))
     blend(img, np.float32([14, 14, 20]), .55*cv2.GaussianBlur(shadow, (0, 0), 1 + .05*pose.scale))
+
+def _paint_body(img, body, pose, rng, light):
+    "Paint shadow, limbs and shell in place; returns the whole's coverage and the shading (h,w)."
+    h, w = img.shape[:2]
+    shell, limbs = pose(_outline(body)), [pose(p) for p in body.limbs]
+    whole, top = cover([shell, *limbs], h, w), cover([shell], h, w)
+    _cast_shadow(img, whole, pose, light)
     sun = np.float32((pose(np.eye(2)) - [pose.x, pose.y]) @ light/pose.scale)
     skin, dark, shade = _fur(body, *pose.inverse(h, w), rng, sun, .5*pose.scale)
     blend(img, dark, whole)
     blend(img, skin, top)
     return whole, shade
 
-# %% ../../../nbs/0_ground/10_objects.ipynb #988c5cc2
+# %% ../../../nbs/0_ground/10_objects.ipynb #f2e5f206
 def _wheel(radius, n):
     "n points around the centre at the given radius or radii, (n,2)."
     t = np.arange(n)*2*np.pi/n
@@ -170,24 +215,32 @@ def _wheel(radius, n):
 def _moon():
     "A crescent: an arc out, a tighter arc back."
     out, back = np.linspace(.6, 2*np.pi - .6, 30), np.linspace(2*np.pi - 1.05, 1.05, 24)
-    return np.r_[np.stack([np.cos(out), np.sin(out)], -1), np.stack([.42 + .8*np.cos(back), .72*np.sin(back)], -1)]
+    inner = np.stack([.42 + .8*np.cos(back), .72*np.sin(back)], -1)
+    return np.r_[np.stack([np.cos(out), np.sin(out)], -1), inner]
 
-_ARM = np.array([[1, -.3], [1, .3], [.3, .3]])*.95
+def _cross():
+    "An arm, four times."
+    arm = np.array([[1, -.3], [1, .3], [.3, .3]])*.95
+    quarters = (1, 0), (0, 1), (-1, 0), (0, -1)
+    return np.concatenate([arm @ np.array([[c, s], [-s, c]]) for c, s in quarters])
+
+# %% ../../../nbs/0_ground/10_objects.ipynb #b67a48da
 _BAR = np.array([[.85, -.18], [.85, .18], [-.85, .18], [-.85, -.18]])
 _EMBLEMS = dict(
     star=[_wheel(np.tile([1, .42], 5), 10)],
     ring=[_wheel(1, 36), _wheel(.5, 30)],
-    cross=[np.concatenate([_ARM @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))])],
+    cross=[_cross()],
     moon=[_moon()],
     arrow=[np.array([[1, 0], [-.7, .75], [-.3, 0], [-.7, -.75]])],
     flower=[_wheel(.68 + .32*np.cos(np.arange(40)*np.pi/4), 40), _wheel(.25, 20)],
     bars=[_BAR + [0, y] for y in (-.5, 0, .5)],
     bolt=[np.array([[.95, -.1], [.1, .5], [.15, .12], [-.95, .25], [-.1, -.5], [-.15, -.1]])])
 
+# %% ../../../nbs/0_ground/10_objects.ipynb #25eaf6f7
 def _paint_part(img, label, centre, radius, pose, shade):
     "Paint the class's emblem on a dark disc, in place; returns the coverage of the disc."
     h, w = img.shape[:2]
-    place = lambda pts, r: pose(np.asarray(pts)*r + centre)
+    def place(pts, r): return pose(np.asarray(pts)*r + centre)
     disc = cover([place(_oval(0, 0, 1, 1), radius)], h, w)
     colour, shape = class_emblem(label)
     mark = cover([place(p, .8*radius) for p in _EMBLEMS[shape]], h, w, holes=True)
@@ -218,6 +271,7 @@ def _place(body, part, rng, h, w, size):
     x, y = 1.5 + room.clip(0)*rng.beta(.6, .6, 2) - scale*lo
     return _Pose(x, y, scale, turn)
 
+# %% ../../../nbs/0_ground/10_objects.ipynb #fb7414b1
 def _finish(img, rng, light):
     "Light that falls off across the image, a tint and grain; (H,W,3) uint8."
     h, w = img.shape[:2]
@@ -227,19 +281,30 @@ def _finish(img, rng, light):
     img += 2.5*rng.standard_normal((h, w, 1), dtype=np.float32)
     return img.clip(0, 255).round().astype(np.uint8)
 
+def _lay_stones(img, n, rng, light):
+    "The distractors of a scene, in place."
+    h, w = img.shape[:2]
+    for _ in range(n):
+        size, (x, y) = rng.uniform(.06, .16)*min(h, w), rng.random(2)*[w, h]
+        window, near = _Pose(x, y, size, rng.uniform(0, 2*np.pi)).window(h, w)
+        _paint_body(img[window], _new_body(rng, limbs=False), near, rng, light)
+
 # %% ../../../nbs/0_ground/10_objects.ipynb #020d4cf1
 def _draw_ground(world, label, lay, soil, stones):
-    "Ground and distractors of a scene: the image (H,W,3) float32, the direction of the light, the scene's name."
+    "Ground and distractors of a scene (H,W,3) float32, the light's direction, the scene's name."
     w, h = (int(n) for n in lay.integers(*world.image_size, size=2, endpoint=True))
     own, pick = lay.random() < world.context_bias, int(lay.integers(len(GROUNDS)))
-    name, sun = list(GROUNDS)[label % len(GROUNDS) if own else pick], lay.uniform(0, 2*np.pi)
+    name = list(GROUNDS)[label % len(GROUNDS) if own else pick]
+    sun = lay.uniform(0, 2*np.pi)
     light = np.array([math.cos(sun), math.sin(sun)])
     img = background(GROUNDS[name], soil, h, w, light).astype(np.float32)
-    for _ in range(world.n_distractors):
-        size, (x, y), turn = stones.uniform(.06, .16)*min(h, w), stones.random(2)*[w, h], stones.uniform(0, 2*np.pi)
-        window, near = _Pose(x, y, size, turn).window(h, w)
-        _paint_body(img[window], _new_body(stones, limbs=False), near, stones, light)
+    _lay_stones(img, world.n_distractors, stones, light)
     return img, light, name
+
+def _part_centre(aspect, radius, rng):
+    "Where on the body the part lies: in its front half, within its outline."
+    x = rng.uniform(.55, .95)*(1 - radius)
+    return np.array([x, rng.uniform(-.4, .4)*max(0., aspect - radius)])
 
 # %% ../../../nbs/0_ground/10_objects.ipynb #7d3202a8
 def draw_scene(
@@ -247,13 +312,13 @@ def draw_scene(
     label:int, # class id, 0 to `world.n_classes`-1
     rng:np.random.Generator, # where the randomness comes from
 )->Scene: # the picture and the truth
-    "Draw one object of the class on a random ground. Only the part depends on the class (and the ground, with bias)."
+    "One object of the class on a ground. Only its part (and a biased ground) tells the class."
     label = check_number('label', label, 0, world.n_classes - 1, whole=True)
     lay, soil, stones, shape, coat, last = (child_rng(rng) for _ in range(6))
     img, light, name = _draw_ground(world, label, lay, soil, stones)
     h, w = img.shape[:2]
     body, radius = _new_body(shape), world.part_ratio
-    centre = np.array([lay.uniform(.55, .95)*(1 - radius), lay.uniform(-.4, .4)*max(0., body.aspect - radius)])
+    centre = _part_centre(body.aspect, radius, lay)
     size = lay.uniform(*world.object_size)*min(h, w)
     pose = _place(body, _oval(*centre, radius, radius), lay, h, w, size)
     window, near = pose.window(h, w)
@@ -261,4 +326,5 @@ def draw_scene(
     whole, shade = _paint_body(img[window], body, near, coat, light)
     disc = _paint_part(img[window], label, centre, radius, near, shade)
     part[window], mask[window] = disc >= .5, np.maximum(whole, disc) >= .5
-    return Scene(_finish(img, last, light), mask, part, mask_box(mask), mask_box(part), label, name)
+    img = _finish(img, last, light)
+    return Scene(img, mask, part, mask_box(mask), mask_box(part), label, name)

@@ -12,13 +12,30 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-# %% ../../../nbs/0_ground/09_paint.ipynb #ee24920c
+# %% ../../../nbs/0_ground/09_paint.ipynb #ebcadb5b
+def child_rng(rng):
+    "A generator of its own, so that what one step draws never shifts the next step's numbers."
+    return np.random.default_rng(rng.integers(2**63))
+
+# %% ../../../nbs/0_ground/09_paint.ipynb #6896d37b
+def noise(rng, h, w, cell, octaves=4, rough=.55, stretch=1.):
+    "Multi-octave noise (h,w) in [0,1]; `cell` is the pixel size of the coarsest features."
+    out, amp = np.zeros((h, w), np.float32), 1.
+    for _ in range(octaves):
+        gh, gw = max(2, round(h/cell) + 1), max(2, round(w/(cell*stretch)) + 1)
+        grid = rng.random((gh, gw), dtype=np.float32)
+        out += amp*cv2.resize(grid, (w, h), interpolation=cv2.INTER_CUBIC)
+        cell, amp = max(cell/2, 1), amp*rough
+    return cv2.normalize(out, None, 0., 1., cv2.NORM_MINMAX)
+
+# %% ../../../nbs/0_ground/09_paint.ipynb #6f53e404
 class Ground(NamedTuple):
     "How a scene looks: a palette, a pattern, and what lies about."
     palette:tuple # RGB stops from dark to light
     pattern:str # 'plain', 'ripple', 'caustic' or 'crack'
     stretch:float # width over height of the noise's cells
-    clutter:tuple # of (pieces per 1000 pixels, length in pixels, width over length, bend, RGB colours)
+    # of (pieces per 1000 pixels, length in pixels, width over length, bend, RGB colours)
+    clutter:tuple
 
 _GREEN = ((58, 88, 34), (92, 128, 46), (136, 164, 66), (164, 178, 92))
 _LEAF = ((150, 92, 40), (176, 122, 58), (120, 70, 36), (98, 84, 44), (140, 58, 34))
@@ -27,6 +44,7 @@ _TWIG, _WEED, _DRY = ((74, 54, 36), (96, 74, 50)), ((40, 92, 84), (28, 74, 76)),
 _LICHEN, _EARTH = ((128, 136, 88), (150, 140, 84)), ((130, 78, 58), (110, 66, 50))
 _HEATHER = ((132, 84, 128), (160, 108, 150), (108, 70, 104))
 
+# %% ../../../nbs/0_ground/09_paint.ipynb #ee24920c
 GROUNDS = dict(
     meadow=Ground(((34, 54, 24), (62, 92, 36), (98, 130, 54), (140, 160, 78)), 'plain', 1.,
                   ((16, 15, .12, .35, _GREEN),)),
@@ -46,20 +64,28 @@ GROUNDS = dict(
                 ((.8, 5, .75, 0, _EARTH), (.5, 11, .12, .4, _DRY))),
 )
 
-# %% ../../../nbs/0_ground/09_paint.ipynb #195160d3
-def child_rng(rng):
-    "A generator of its own, so that what one step draws never shifts the next step's numbers."
-    return np.random.default_rng(rng.integers(2**63))
+# %% ../../../nbs/0_ground/09_paint.ipynb #6993c5bd
+def _ripples(rng, h, w, stretch):
+    "Waves of wind in sand, (h,w) in [-1,1]."
+    yy, xx = np.mgrid[:h, :w].astype(np.float32)
+    angle, period = rng.uniform(-.5, .5), rng.uniform(8, 13)
+    bend = 3*noise(rng, h, w, 64, octaves=3, stretch=stretch)
+    return np.sin(2*np.pi*((yy*math.cos(angle) + xx*math.sin(angle))/period + bend))
 
-def noise(rng, h, w, cell, octaves=4, rough=.55, stretch=1.):
-    "Multi-octave noise (h,w) in [0,1]; `cell` is the pixel size of the coarsest features."
-    out, amp = np.zeros((h, w), np.float32), 1.
-    for _ in range(octaves):
-        gh, gw = max(2, round(h/cell) + 1), max(2, round(w/(cell*stretch)) + 1)
-        out += amp*cv2.resize(rng.random((gh, gw), dtype=np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
-        cell, amp = max(cell/2, 1), amp*rough
-    return cv2.normalize(out, None, 0., 1., cv2.NORM_MINMAX)
+def _ridges(rng, h, w):
+    "A net of lines (h,w): 1 where noise crosses one half, less beside it."
+    return 1 - np.abs(2*noise(rng, h, w, rng.uniform(22, 32), octaves=3, rough=.45) - 1)
 
+def pattern(ground, rng, h, w):
+    "Brightness of the bare ground, (h,w) around [0,1]."
+    field = noise(rng, h, w, rng.uniform(36, 60), stretch=ground.stretch)
+    if ground.pattern == 'plain': return field
+    if ground.pattern == 'ripple': return .7*field + .15 + .15*_ripples(rng, h, w, ground.stretch)
+    ridge = _ridges(rng, h, w)
+    if ground.pattern == 'caustic': return .55*field + .5*ridge**6
+    return .3 + .7*field - 12*(ridge - .94).clip(0)
+
+# %% ../../../nbs/0_ground/09_paint.ipynb #5c7b670b
 def lenses(rng, h, w, n, length, width, bend):
     "n blades, leaves or pebbles as polygons (n,12,2): lenses of random pose around a bent spine."
     t = np.linspace(0, 1, 7)
@@ -71,6 +97,7 @@ def lenses(rng, h, w, n, length, width, bend):
     py = size*(np.sin(angle)*x + np.cos(angle)*(y + arc)) + rng.uniform(0, h, (n, 1))
     return np.stack([px, py], -1)
 
+# %% ../../../nbs/0_ground/09_paint.ipynb #78e3b414
 def strew(img, rng, light, per_1000, length, width, bend, colours):
     "Lay pieces with a small shadow on the image (H,W,3), drawn at twice its size."
     h, w = img.shape[:2]
@@ -85,37 +112,36 @@ def strew(img, rng, light, per_1000, length, width, bend, colours):
         cv2.fillPoly(big, [poly], tone, shift=4)
     return cv2.resize(big, (w, h), interpolation=cv2.INTER_AREA)
 
-# %% ../../../nbs/0_ground/09_paint.ipynb #12a462f3
-def pattern(ground, rng, h, w):
-    "Brightness of the bare ground, (h,w) around [0,1]."
-    field = noise(rng, h, w, rng.uniform(36, 60), stretch=ground.stretch)
-    if ground.pattern == 'ripple':
-        yy, xx = np.mgrid[:h, :w].astype(np.float32)
-        angle, period = rng.uniform(-.5, .5), rng.uniform(8, 13)
-        bend = 3*noise(rng, h, w, 64, octaves=3, stretch=ground.stretch)
-        wave = np.sin(2*np.pi*((yy*math.cos(angle) + xx*math.sin(angle))/period + bend))
-        return .7*field + .15 + .15*wave
-    if ground.pattern == 'plain': return field
-    ridge = 1 - np.abs(2*noise(rng, h, w, rng.uniform(22, 32), octaves=3, rough=.45) - 1)
-    return .55*field + .5*ridge**6 if ground.pattern == 'caustic' else .3 + .7*field - 12*(ridge - .94).clip(0)
-
+# %% ../../../nbs/0_ground/09_paint.ipynb #22682d18
 def background(ground, rng, h, w, light):
     "A picture of the ground alone, (h,w,3) uint8."
     field = pattern(ground, rng, h, w) + .1*(rng.random((h, w), dtype=np.float32) - .5)
     stops = np.linspace(0, 255, len(ground.palette))
-    lut = np.stack([np.interp(np.arange(256), stops, channel) for channel in zip(*ground.palette)], -1)
-    img = lut.round().astype(np.uint8)[(255*field.clip(0, 1)).astype(np.uint8)]
+    channels = [np.interp(np.arange(256), stops, channel) for channel in zip(*ground.palette)]
+    lut = np.stack(channels, -1).round().astype(np.uint8) # 256,3
+    img = lut[(255*field.clip(0, 1)).astype(np.uint8)]
     for pieces in ground.clutter: img = strew(img, rng, light, *pieces)
     return img
 
 # %% ../../../nbs/0_ground/09_paint.ipynb #51ebe978
-def cover(polys, h, w, holes=False, fine=4):
-    "How much of each pixel the polygons cover, (h,w) float in [0,1], from a drawing `fine` times larger."
+def cover(
+    polys, # polygons (n,2), pixel centres at .5
+    h,
+    w,
+    holes=False, # a polygon within another is a hole in it
+    fine=4, # pixels of the drawing in a pixel, each way
+)->np.ndarray: # (h,w) float32
+    "How much of each pixel the polygons cover, in [0,1], from a drawing `fine` times larger."
     big = np.zeros((h*fine, w*fine), np.uint8)
     polys = [np.round(16*(fine*p - .5)).astype(np.int32) for p in polys]
-    for group in [polys] if holes else [[p] for p in polys]: cv2.fillPoly(big, group, 255, shift=4)
+    groups = [polys] if holes else [[p] for p in polys]
+    for group in groups: cv2.fillPoly(big, group, 255, shift=4)
     return cv2.resize(big, (w, h), interpolation=cv2.INTER_AREA).astype(np.float32)/255
 
-def blend(img, colour, alpha):
+def blend(
+    img, # (H,W,3) float32, changed
+    colour, # RGB, or an image of colours
+    alpha, # (H,W), 0: as it was, 1: the colour
+):
     "Lay a colour, or an image of colours, over `img` in place."
     img += alpha[..., None]*(np.float32(colour) - img)

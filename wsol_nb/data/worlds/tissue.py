@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from ...core import expect
 from .base import World, check_number, check_range
 from .paint import child_rng, cover, noise
 from ...registry import world
@@ -19,13 +20,16 @@ from ...registry import world
 # %% ../../../nbs/0_ground/12_tissue.ipynb #63a6f339
 class Morphology(NamedTuple):
     "How the glands of a class look. Concentrations are those of the stains, 1 is strong."
-    waves:tuple # largest amplitudes of the outline's harmonics, from the second on, in its half length
+    # largest amplitudes of the outline's harmonics, from the second on, in its half length
+    waves:tuple
     aspect:tuple # (low, high) of width over length
-    reach:float # least distance of a new gland's centre from the glands that are there, in its half length
+    # least distance of a new gland's centre from the glands that are there, in its half length
+    reach:float
     gap:float # and more pixels
     overlap:float # largest share of a new gland that lies on others
     layers:tuple # depths of the rows of nuclei below the outline, in pixels
-    nucleus:tuple # half length, half width, spacing in a row (pixels), and spread of all of them as a share
+    # half length, half width, spacing in a row (pixels), and spread of all of them as a share
+    nucleus:tuple
     nuclear:float # haematoxylin of a nucleus
     cytoplasm:tuple # its haematoxylin and eosin
     mucus:bool # pale mucus cells between nuclei and lumen
@@ -33,10 +37,27 @@ class Morphology(NamedTuple):
     lumen:tuple # (low, high) of a lumen's size over that of the gland
 
 MORPHOLOGY = dict(
-    benign=Morphology((.05, .03, .02), (.62, .95), 1., 1.5, 0., (2.1,), (1.9, 1.1, 2.7, .12), 1.15, (.26, .34),
-                      True, (1, 1), (.2, .36)),
-    malignant=Morphology((.2, .14, .1, .07), (.5, .9), .75, 0., .05, (2.6, 5.8, 9.), (2.5, 1.5, 4.2, .35), 1.3, (.38, .5),
-                         False, (1, 3), (.22, .55)))
+    benign=Morphology(
+        waves=(.05, .03, .02), aspect=(.62, .95), reach=1., gap=1.5, overlap=0.,
+        layers=(2.1,), nucleus=(1.9, 1.1, 2.7, .12), nuclear=1.15, cytoplasm=(.26, .34),
+        mucus=True, lumina=(1, 1), lumen=(.2, .36)),
+    malignant=Morphology(
+        waves=(.2, .14, .1, .07), aspect=(.5, .9), reach=.75, gap=0., overlap=.05,
+        layers=(2.6, 5.8, 9.), nucleus=(2.5, 1.5, 4.2, .35), nuclear=1.3, cytoplasm=(.38, .5),
+        mucus=False, lumina=(1, 3), lumen=(.22, .55)))
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #ae1f599b
+def _checked(world):
+    "The rules of a world by name, as plain numbers, or a ValueError that names the wrong one."
+    expect(isinstance(world.normal, bool), 'normal', world.normal, 'True or False')
+    rules = dict(
+        coverage=check_range('coverage', world.coverage, .1, .6),
+        gland_size=check_range('gland_size', world.gland_size, 16, 256),
+        n_distractors=check_number('n_distractors', world.n_distractors, 0, 20, whole=True),
+        stain=check_number('stain', world.stain, 0, 2),
+        image_size=check_range('image_size', world.image_size, 48, 1024, int))
+    expect(world.version == '1.0', 'version', world.version, "'1.0'")
+    return rules
 
 # %% ../../../nbs/0_ground/12_tissue.ipynb #fa016920
 @world()
@@ -44,8 +65,10 @@ MORPHOLOGY = dict(
 class TissueWorld(World):
     "What the tissue is drawn from. The defaults of a version never change."
     normal:bool=True # a negative class, tissue without glands, beside benign and malignant
-    coverage:tuple=(.25, .6) # (low, high) of the glands' share of an image, .1 to .6; low is aimed at, high is kept
-    gland_size:tuple=(26, 64) # (low, high) of a gland's length before crowding shrinks it, in pixels, 16 to 256
+    # (low, high) of the glands' share of an image, .1 to .6; low is aimed at, high is kept
+    coverage:tuple=(.25, .6)
+    # (low, high) of a gland's length before crowding shrinks it, in pixels, 16 to 256
+    gland_size:tuple=(26, 64)
     n_distractors:int=3 # heaps of nuclei, vessels and clefts per image, 0 to 20
     stain:float=1. # how much the staining varies from image to image, 0 to 2
     image_size:tuple=(128, 128) # (low, high) of each image side, in pixels, 48 to 1024
@@ -53,14 +76,7 @@ class TissueWorld(World):
     kind, dataset, files = 'tissue', 'TISSUE', ('localization',)
 
     def __post_init__(self):
-        keep = lambda name, value: object.__setattr__(self, name, value)
-        if not isinstance(self.normal, bool): raise ValueError(f'normal: got {self.normal!r}, expected True or False')
-        keep('coverage', check_range('coverage', self.coverage, .1, .6))
-        keep('gland_size', check_range('gland_size', self.gland_size, 16, 256))
-        keep('n_distractors', check_number('n_distractors', self.n_distractors, 0, 20, whole=True))
-        keep('stain', check_number('stain', self.stain, 0, 2))
-        keep('image_size', check_range('image_size', self.image_size, 48, 1024, int))
-        if self.version != '1.0': raise ValueError(f"version: got {self.version!r}, expected '1.0'")
+        for name, value in _checked(self).items(): object.__setattr__(self, name, value)
 
     @property
     def class_names(self)->list: # normal comes first
@@ -74,16 +90,18 @@ class TissueWorld(World):
     def records(self, scene, mask): return (mask, ''),
 
 # %% ../../../nbs/0_ground/12_tissue.ipynb #93c61f4c
-STAINS = np.array([[.65, .70, .29], [.07, .99, .11]]) # absorbance of haematoxylin and eosin in red, green and blue
+# absorbance of haematoxylin and eosin in red, green and blue
+STAINS = np.array([[.65, .70, .29], [.07, .99, .11]])
 
 def develop(
     conc:np.ndarray, # (H,W,2) concentrations of haematoxylin and eosin
-    stains:np.ndarray=STAINS, # (2,3) their absorbances
+    stains:np.ndarray=None, # (2,3) their absorbances; None: `STAINS`
 )->np.ndarray: # (H,W,3) float32 in (0,255]
     "The colours that white light has after the stained tissue: Beer-Lambert's law."
+    stains = STAINS if stains is None else stains
     return (255*np.exp(-(np.asarray(conc) @ stains))).astype(np.float32)
 
-# %% ../../../nbs/0_ground/12_tissue.ipynb #90149923
+# %% ../../../nbs/0_ground/12_tissue.ipynb #9f2d9a94
 _UNIT, _FINE = 100, 2 # canvas value of concentration 1; canvas pixels per image pixel
 
 def _turned(x, y, turn):
@@ -92,93 +110,24 @@ def _turned(x, y, turn):
     return np.stack([c*x - s*y, s*x + c*y], -1)
 
 def _ovals(xy, rx, ry, turn=0., n=12):
-    "An ellipse as a polygon (n,2) around each of `xy` (m,2), with half axes and angles (m,) or one for all: (m,n,2)."
+    "Ellipses (m,n,2) around `xy` (m,2); half axes and angles are (m,) or one for all."
     t = np.linspace(0, 2*np.pi, n, endpoint=False)
     rx, ry, turn = (np.broadcast_to(np.asarray(v, float), len(xy))[:, None] for v in (rx, ry, turn))
     return np.asarray(xy)[:, None] + _turned(rx*np.cos(t), ry*np.sin(t), turn)
 
+# %% ../../../nbs/0_ground/12_tissue.ipynb #0b1c5176
 def _fixed(polys, fine=_FINE):
-    "Polygons (...,n,2) in OpenCV's fixed-point pixels (4 bits); pixel centres are at .5 here, at 0 there."
+    "Polygons (...,n,2) in sixteenths of a canvas pixel; centres are at .5 here, at 0 in OpenCV."
     return np.rint(16*(fine*np.asarray(polys) - .5)).astype(np.int32)
+
+def _tones(concentration, n):
+    "Canvas values of n polygons, from one concentration for all or one for each."
+    return np.broadcast_to(_UNIT*np.asarray(concentration, float), n).clip(0, 255).tolist()
 
 def _dye(canvas, polys, haem, eosin):
     "Fill polygons (m,n,2) in order; a concentration may be one for all or one for each."
-    each = (np.broadcast_to(_UNIT*np.asarray(v, float), len(polys)).clip(0, 255).tolist() for v in (haem, eosin))
-    for poly, *tone in zip(_fixed(polys), *each): cv2.fillPoly(canvas, [poly], tone, shift=4)
-
-def _scatter(rng, density, n):
-    "n points (n,2), as likely as `density` (h,w) says."
-    total = np.cumsum(density)
-    at = np.searchsorted(total, rng.random(n)*total[-1]).clip(0, total.size - 1)
-    return np.stack([at % density.shape[1], at//density.shape[1]], -1) + rng.random((n, 2))
-
-# %% ../../../nbs/0_ground/12_tissue.ipynb #aa4e338e
-def _fibres(rng, h, w):
-    "Brightness of wavy fibres (h,w) in [0,1], and their direction."
-    side, turn, bend = int(1.5*max(h, w)), rng.uniform(0, np.pi), rng.uniform(4, 14)
-    straight = noise(rng, side, side, 5, octaves=3, stretch=rng.uniform(4, 7))
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    uv = _turned(x - w/2, y - h/2, -turn) + side/2
-    uv[..., 1] += bend*noise(rng, h, w, rng.uniform(30, 60), octaves=2)
-    return cv2.remap(straight, uv.astype(np.float32), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT), turn
-
-def _stroma(rng, h, w):
-    "The canvas of an image of stroma."
-    fibres, turn = _fibres(rng, h, w)
-    density = noise(rng, h, w, rng.uniform(20, 45), octaves=3)**2 + .03
-    loose = 3*(noise(rng, h, w, 24, octaves=3) - rng.uniform(.62, .8)).clip(0)
-    eosin = (rng.uniform(.45, .7) + .6*(fibres - .5))*(1 - loose).clip(.15)
-    canvas = (_UNIT*np.stack([.12 + .1*density, eosin], -1)).clip(0, 255).astype(np.uint8)
-    canvas = cv2.resize(canvas, (_FINE*w, _FINE*h), interpolation=cv2.INTER_LINEAR)
-    n, m = (round(h*w/1000*rng.uniform(*per_1000)) for per_1000 in ((6, 16), (4, 9)))
-    turns = rng.uniform(0, np.pi, n), turn + rng.normal(0, .3, m)
-    _dye(canvas, _ovals(_scatter(rng, density, n), rng.uniform(1.2, 1.7, n), rng.uniform(1., 1.4, n), turns[0]), rng.uniform(.95, 1.45, n), .3)
-    _dye(canvas, _ovals(_scatter(rng, 1.2 - density, m), rng.uniform(1.9, 3.2, m), rng.uniform(.6, 1., m), turns[1]), rng.uniform(.7, 1.2, m), .35)
-    return canvas
-
-# %% ../../../nbs/0_ground/12_tissue.ipynb #0187c88a
-def _heap(canvas, rng, centre, r):
-    "Lymphocytes on a heap."
-    n = round(.2*r*r*rng.uniform(.9, 1.4))
-    xy = centre + .5*r*rng.standard_normal((n, 2))*rng.uniform(.6, 1, 2)
-    _dye(canvas, _ovals(xy, rng.uniform(1.2, 1.9, n), rng.uniform(1.1, 1.5, n), rng.uniform(0, np.pi, n)), rng.uniform(1., 1.5, n), .3)
-
-def _vessel(canvas, rng, centre, r):
-    "A lumen with blood cells in a thin wall with a few flat nuclei."
-    rx, ry, turn, n = r*rng.uniform(.6, 1.), r*rng.uniform(.3, .6), rng.uniform(0, np.pi), int(r*rng.uniform(0, 1.5))
-    oval = lambda more: _ovals([centre], rx + more, ry + more, turn, 28)
-    _dye(canvas, oval(1.6), .2, .8)
-    _dye(canvas, oval(0), .02, .06)
-    _dye(canvas, _ovals(centre + rng.uniform(-.6, .6, (n, 2))*min(rx, ry), 1.5, 1.3), .05, rng.uniform(.8, 1.1, n))
-    _dye(canvas, _ovals(oval(1.)[0][rng.integers(28, size=5)], 2.2, .8, turn + rng.normal(0, .4, 5)), 1.2, .4)
-
-def _cleft(canvas, rng, centre, r):
-    "A tear in the tissue."
-    t = np.linspace(-1, 1, 20)
-    half = r*rng.uniform(.2, .4)*(1 - t**2)*(1 + .5*np.sin(rng.uniform(3, 7)*t + rng.uniform(0, 6)))
-    bend = r*rng.uniform(-.4, .4)*t**2
-    x, y = 2*r*np.r_[t, t[::-1]], np.r_[bend + half, (bend - .6*half)[::-1]]
-    _dye(canvas, [centre + _turned(x, y, rng.uniform(0, np.pi))], .02, .05)
-
-_DISTRACTORS = (_heap, _vessel, _cleft)
-
-# %% ../../../nbs/0_ground/12_tissue.ipynb #fdba5a29
-def _outline(waves, aspect, rng, n=72):
-    "A closed outline (n,2) around the origin, of half length about 1."
-    t, phases = np.linspace(0, 2*np.pi, n, endpoint=False), rng.uniform(0, 2*np.pi, len(waves))
-    r = 1 + sum(a*rng.uniform(.3, 1)*np.cos((k + 2)*t + p) for k, (a, p) in enumerate(zip(waves, phases)))
-    return _turned(r*np.cos(t), rng.uniform(*aspect)*r*np.sin(t), rng.uniform(0, 2*np.pi))
-
-def _row(outline, spacing, depth, rng):
-    "Points (n,2) at a depth below an outline, about evenly spaced along it, and the direction (n,) inwards."
-    closed = np.concatenate([outline, outline[:1]])
-    length = np.r_[0, np.cumsum(np.hypot(*np.diff(closed, axis=0).T))]
-    n = max(4, round(length[-1]/spacing))
-    t = (np.arange(n) + rng.uniform(-.25, .25, n))*length[-1]/n
-    at = lambda t: np.stack([np.interp(t % length[-1], length, c) for c in closed.T], -1)
-    dx, dy = (at(t + 1.5) - at(t - 1.5)).T
-    inward = np.arctan2(dx, -dy)
-    return at(t) + depth*np.stack([np.cos(inward), np.sin(inward)], -1), inward
+    tones = zip(_tones(haem, len(polys)), _tones(eosin, len(polys)))
+    for poly, tone in zip(_fixed(polys), tones): cv2.fillPoly(canvas, [poly], tone, shift=4)
 
 def _pixels(poly, h, w, fine=1):
     "The pixels (h,w) of a polygon, as ones."
@@ -186,24 +135,153 @@ def _pixels(poly, h, w, fine=1):
     cv2.fillPoly(out, [_fixed(poly, fine)], 1, shift=4)
     return out
 
+# %% ../../../nbs/0_ground/12_tissue.ipynb #88b8178c
+def _scatter(rng, density, n):
+    "n points (n,2), as likely as `density` (h,w) says."
+    total = np.cumsum(density)
+    at = np.searchsorted(total, rng.random(n)*total[-1]).clip(0, total.size - 1)
+    return np.stack([at % density.shape[1], at//density.shape[1]], -1) + rng.random((n, 2))
+
+def _fibres(rng, h, w):
+    "Brightness of wavy fibres (h,w) in [0,1], and their direction."
+    side, turn, bend = int(1.5*max(h, w)), rng.uniform(0, np.pi), rng.uniform(4, 14)
+    straight = noise(rng, side, side, 5, octaves=3, stretch=rng.uniform(4, 7))
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    uv = _turned(x - w/2, y - h/2, -turn) + side/2
+    uv[..., 1] += bend*noise(rng, h, w, rng.uniform(30, 60), octaves=2)
+    uv = uv.astype(np.float32)
+    fibres = cv2.remap(straight, uv, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return fibres, turn
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #289469e6
+def _bare(rng, fibres, density):
+    "The canvas of stroma without nuclei: fibres, pale where it is loose."
+    h, w = fibres.shape
+    loose = 3*(noise(rng, h, w, 24, octaves=3) - rng.uniform(.62, .8)).clip(0)
+    eosin = (rng.uniform(.45, .7) + .6*(fibres - .5))*(1 - loose).clip(.15)
+    canvas = _UNIT*np.stack([.12 + .1*density, eosin], -1)
+    canvas = canvas.clip(0, 255).astype(np.uint8)
+    return cv2.resize(canvas, (_FINE*w, _FINE*h), interpolation=cv2.INTER_LINEAR)
+
+def _stroma(rng, h, w):
+    "The canvas of an image of stroma."
+    fibres, turn = _fibres(rng, h, w)
+    density = noise(rng, h, w, rng.uniform(20, 45), octaves=3)**2 + .03
+    canvas = _bare(rng, fibres, density)
+    n, m = (round(h*w/1000*rng.uniform(*per_1000)) for per_1000 in ((6, 16), (4, 9)))
+    round_turn, long_turn = rng.uniform(0, np.pi, n), turn + rng.normal(0, .3, m)
+    xy = _scatter(rng, density, n)
+    cells = _ovals(xy, rng.uniform(1.2, 1.7, n), rng.uniform(1., 1.4, n), round_turn)
+    _dye(canvas, cells, rng.uniform(.95, 1.45, n), .3) # lymphocytes
+    xy = _scatter(rng, 1.2 - density, m)
+    cells = _ovals(xy, rng.uniform(1.9, 3.2, m), rng.uniform(.6, 1., m), long_turn)
+    _dye(canvas, cells, rng.uniform(.7, 1.2, m), .35) # fibroblasts
+    return canvas
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #0187c88a
+def _heap(canvas, rng, centre, r):
+    "Lymphocytes on a heap."
+    n = round(.2*r*r*rng.uniform(.9, 1.4))
+    xy = centre + .5*r*rng.standard_normal((n, 2))*rng.uniform(.6, 1, 2)
+    long, wide = rng.uniform(1.2, 1.9, n), rng.uniform(1.1, 1.5, n)
+    _dye(canvas, _ovals(xy, long, wide, rng.uniform(0, np.pi, n)), rng.uniform(1., 1.5, n), .3)
+
+def _cleft(canvas, rng, centre, r):
+    "A tear in the tissue."
+    t = np.linspace(-1, 1, 20)
+    half = r*rng.uniform(.2, .4)*(1 - t**2)
+    half = half*(1 + .5*np.sin(rng.uniform(3, 7)*t + rng.uniform(0, 6)))
+    bend = r*rng.uniform(-.4, .4)*t**2
+    x, y = 2*r*np.r_[t, t[::-1]], np.r_[bend + half, (bend - .6*half)[::-1]]
+    _dye(canvas, [centre + _turned(x, y, rng.uniform(0, np.pi))], .02, .05)
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #06c3ba8b
+def _vessel(canvas, rng, centre, r):
+    "A lumen with blood cells in a thin wall with a few flat nuclei."
+    rx, ry, turn = r*rng.uniform(.6, 1.), r*rng.uniform(.3, .6), rng.uniform(0, np.pi)
+    n = int(r*rng.uniform(0, 1.5))
+    def oval(more): return _ovals([centre], rx + more, ry + more, turn, 28)
+    _dye(canvas, oval(1.6), .2, .8) # the wall
+    _dye(canvas, oval(0), .02, .06) # the lumen
+    blood = centre + rng.uniform(-.6, .6, (n, 2))*min(rx, ry)
+    _dye(canvas, _ovals(blood, 1.5, 1.3), .05, rng.uniform(.8, 1.1, n))
+    on_wall = oval(1.)[0][rng.integers(28, size=5)]
+    _dye(canvas, _ovals(on_wall, 2.2, .8, turn + rng.normal(0, .4, 5)), 1.2, .4)
+
+_DISTRACTORS = (_heap, _vessel, _cleft)
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #fdba5a29
+def _outline(waves, aspect, rng, n=72):
+    "A closed outline (n,2) around the origin, of half length about 1."
+    t = np.linspace(0, 2*np.pi, n, endpoint=False)
+    phases = rng.uniform(0, 2*np.pi, len(waves))
+    harmonics = enumerate(zip(waves, phases), 2)
+    r = 1 + sum(a*rng.uniform(.3, 1)*np.cos(k*t + p) for k, (a, p) in harmonics)
+    return _turned(r*np.cos(t), rng.uniform(*aspect)*r*np.sin(t), rng.uniform(0, 2*np.pi))
+
+def _row(outline, spacing, depth, rng):
+    "Points (n,2) at a depth below an outline, evenly along it, and the direction (n,) inwards."
+    closed = np.concatenate([outline, outline[:1]])
+    length = np.r_[0, np.cumsum(np.hypot(*np.diff(closed, axis=0).T))]
+    n = max(4, round(length[-1]/spacing))
+    t = (np.arange(n) + rng.uniform(-.25, .25, n))*length[-1]/n
+    def at(t): return np.stack([np.interp(t % length[-1], length, c) for c in closed.T], -1)
+    dx, dy = (at(t + 1.5) - at(t - 1.5)).T
+    inward = np.arctan2(dx, -dy)
+    return at(t) + depth*np.stack([np.cos(inward), np.sin(inward)], -1), inward
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #885efefa
+def _random_room(taken, least, rng):
+    "A random point (x,y) further than `least` from the pixels that are taken; None: there is none."
+    room = np.flatnonzero(cv2.distanceTransform(1 - taken, cv2.DIST_L2, 3) > least)
+    if not len(room): return None
+    y, x = divmod(int(room[rng.integers(len(room))]), taken.shape[1])
+    return [x, y]
+
+def _fits(mine, taken, inner, kind, high):
+    "Whether a gland neither lies on others nor covers too much of the image."
+    if (mine & taken).sum() > kind.overlap*mine.sum(): return False
+    return (taken[inner] | mine[inner]).mean() <= high
+
 # %% ../../../nbs/0_ground/12_tissue.ipynb #74dfaa30
 def _layout(world, kind, rng, h, w):
     "Outlines of glands on an image of (h,w)."
-    low, high = world.coverage
-    goal, m, outlines = rng.uniform(low, max(low, high - .05)), round(world.gland_size[0]/2), []
+    (low, high), m, outlines = world.coverage, round(world.gland_size[0]/2), []
+    goal = rng.uniform(low, max(low, high - .05))
     taken = np.zeros((h + 2*m, w + 2*m), np.uint8)
-    seen, size = taken[m:-m, m:-m], rng.uniform(*world.gland_size)/2
-    while seen.mean() < goal and size > 4:
-        room = np.flatnonzero(cv2.distanceTransform(1 - taken, cv2.DIST_L2, 3) > kind.reach*size + kind.gap)
-        if not len(room): size *= .85; continue
-        y, x = divmod(int(room[rng.integers(len(room))]), w + 2*m)
-        outline = size*_outline(kind.waves, kind.aspect, rng) + [x, y]
+    inner = np.s_[m:-m, m:-m] # the image, within a margin
+    size = rng.uniform(*world.gland_size)/2
+    while taken[inner].mean() < goal and size > 4:
+        at = _random_room(taken, kind.reach*size + kind.gap, rng)
+        if at is None:
+            size *= .85
+            continue
+        outline = size*_outline(kind.waves, kind.aspect, rng) + at
         mine = _pixels(outline, *taken.shape)
-        if (mine & taken).sum() > kind.overlap*mine.sum() or (seen | mine[m:-m, m:-m]).mean() > high: size *= .95; continue
-        taken |= mine
-        outlines.append(outline - m)
-        size = rng.uniform(*world.gland_size)/2
+        if _fits(mine, taken, inner, kind, high):
+            taken |= mine
+            outlines.append(outline - m)
+            size = rng.uniform(*world.gland_size)/2
+        else: size *= .95
     return outlines
+
+# %% ../../../nbs/0_ground/12_tissue.ipynb #e93fb2c9
+def _mucus(canvas, outline, radius, rng):
+    "Pale cells side by side, from the nuclei to the lumen."
+    long = .72*radius - 3.4
+    xy, turn = _row(outline, 4., 3.4 + .5*long, rng)
+    n = len(xy)
+    cells = _ovals(xy, .5*long*rng.uniform(.75, 1.1, n), rng.uniform(1., 1.7, n), turn)
+    _dye(canvas, cells, rng.uniform(.06, .2, n), rng.uniform(.05, .22, n))
+
+def _nuclei(canvas, outline, depth, kind, dark, rng):
+    "A row of nuclei at a depth below the outline."
+    long, wide, spacing, spread = kind.nucleus
+    xy, turn = _row(outline, spacing, depth, rng)
+    n = len(xy)
+    a, b = rng.uniform(1 - spread, 1 + spread, (2, n))
+    xy, turn = xy + rng.normal(0, 1.2*spread, (n, 2)), turn + rng.normal(0, spread, n)
+    _dye(canvas, _ovals(xy, a*long, b*wide, turn), dark*rng.uniform(.75, 1.15, n), .35)
 
 # %% ../../../nbs/0_ground/12_tissue.ipynb #aa0c8242
 def _epithelium(canvas, outline, kind, rng):
@@ -211,19 +289,11 @@ def _epithelium(canvas, outline, kind, rng):
     radius = np.hypot(*(outline - outline.mean(0)).T).min()
     haem, eosin = kind.cytoplasm*rng.uniform([.7, .85], [1.3, 1.15])
     _dye(canvas, [outline], haem, eosin)
-    if kind.mucus:
-        long = .72*radius - 3.4
-        xy, turn = _row(outline, 4., 3.4 + .5*long, rng)
-        n = len(xy)
-        _dye(canvas, _ovals(xy, .5*long*rng.uniform(.75, 1.1, n), rng.uniform(1., 1.7, n), turn), rng.uniform(.06, .2, n), rng.uniform(.05, .22, n))
-    long, wide, spacing, spread = kind.nucleus
-    nuclear = kind.nuclear*rng.uniform(.9, 1.1)
+    if kind.mucus: _mucus(canvas, outline, radius, rng)
+    dark = kind.nuclear*rng.uniform(.9, 1.1)
     for depth in kind.layers:
         if depth > max(.6*radius, 3): break
-        xy, turn = _row(outline, spacing, depth, rng)
-        n, (a, b) = len(xy), rng.uniform(1 - spread, 1 + spread, (2, len(xy)))
-        xy, turn = xy + rng.normal(0, 1.2*spread, (n, 2)), turn + rng.normal(0, spread, n)
-        _dye(canvas, _ovals(xy, a*long, b*wide, turn), nuclear*rng.uniform(.75, 1.15, n), .35)
+        _nuclei(canvas, outline, depth, kind, dark, rng)
 
 def _lumina(canvas, outline, kind, rng):
     "Open a gland: a lumen of its own shape, or several odd ones with debris."
@@ -232,10 +302,12 @@ def _lumina(canvas, outline, kind, rng):
     for _ in range(int(rng.integers(*kind.lumina, endpoint=True))):
         if kind.mucus: lumen, n = centre + (outline - centre)*rng.uniform(*kind.lumen), 0
         else:
-            lumen = centre + radius*(rng.uniform(-.4, .4, 2) + rng.uniform(*kind.lumen)*_outline(kind.waves, kind.aspect, rng, 36))
-            n = int(rng.integers(5))
+            aside, size = rng.uniform(-.4, .4, 2), rng.uniform(*kind.lumen)
+            odd = _outline(kind.waves, kind.aspect, rng, 36)
+            lumen, n = centre + radius*(aside + size*odd), int(rng.integers(5))
         _dye(canvas, [lumen], .03, .06)
-        _dye(canvas, _ovals(lumen.mean(0) + rng.normal(0, .12*radius, (n, 2)), 1.3, 1.), rng.uniform(.1, .8, n), .4)
+        debris = lumen.mean(0) + rng.normal(0, .12*radius, (n, 2))
+        _dye(canvas, _ovals(debris, 1.3, 1.), rng.uniform(.1, .8, n), .4)
 
 # %% ../../../nbs/0_ground/12_tissue.ipynb #7f47469f
 def _paint_gland(canvas, outline, kind, rng):
@@ -255,8 +327,10 @@ def _develop_with(rng, strength, canvas, h, w):
     conc *= 1 + .25*(noise(rng, h, w, 4, octaves=2)[..., None] - .5)
     stains = np.abs(STAINS + strength*rng.normal(0, .05, (2, 3)))
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
-    img = develop(conc*np.exp(strength*rng.uniform(-.35, .35, 2)), stains)*(1 - .04*strength*rng.random())
-    img = cv2.GaussianBlur(img, (5, 5), rng.uniform(.35, .65)) + 2.5*rng.standard_normal((h, w, 3), dtype=np.float32)
+    amounts = np.exp(strength*rng.uniform(-.35, .35, 2))
+    img = develop(conc*amounts, stains)*(1 - .04*strength*rng.random())
+    img = cv2.GaussianBlur(img, (5, 5), rng.uniform(.35, .65))
+    img = img + 2.5*rng.standard_normal((h, w, 3), dtype=np.float32)
     return img.clip(0, 255).round().astype(np.uint8)
 
 # %% ../../../nbs/0_ground/12_tissue.ipynb #de0e16d7
@@ -265,22 +339,25 @@ class Tissue(NamedTuple):
     image:np.ndarray # (H,W,3) uint8 RGB
     mask:np.ndarray # (H,W) uint8, 1 on glands
     label:int # class id
-    glands:list # their outlines, (n,2) float in image pixels; a later one lies on top; empty for normal tissue
+    # their outlines, (n,2) float in image pixels; a later one lies on top; empty for normal tissue
+    glands:list
 
 def draw_tissue(
     world:TissueWorld, # what to draw from
     label:int, # class id, a position in `world.class_names`
     rng:np.random.Generator, # where the randomness comes from
 )->Tissue: # the picture and the truth
-    "Draw a field of the class. Stroma, distractors and staining do not depend on it, glands alone do."
+    "A field of the class. Stroma, distractors and staining do not depend on it, glands alone do."
     label = check_number('label', label, 0, len(world.class_names) - 1, whole=True)
     lay, soil, things, cells, stain = (child_rng(rng) for _ in range(5))
     w, h = (int(n) for n in lay.integers(*world.image_size, size=2, endpoint=True))
     canvas = _stroma(soil, h, w)
     for _ in range(world.n_distractors):
-        _DISTRACTORS[things.integers(len(_DISTRACTORS))](canvas, things, things.random(2)*[w, h], things.uniform(8, 16))
+        distract = _DISTRACTORS[things.integers(len(_DISTRACTORS))]
+        distract(canvas, things, things.random(2)*[w, h], things.uniform(8, 16))
     kind = MORPHOLOGY.get(world.class_names[label])
     glands = _layout(world, kind, lay, h, w) if kind else []
     for g in glands: _paint_gland(canvas, g, kind, cells)
-    mask = (cover(glands, h, w) >= .6).astype(np.uint8) # half and a little: OpenCV fills what a border touches, too
+    # half and a little: OpenCV fills what a border touches, too
+    mask = (cover(glands, h, w) >= .6).astype(np.uint8)
     return Tissue(_develop_with(stain, world.stain, canvas, h, w), mask, label, glands)
