@@ -17,25 +17,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from .core import check_boxes, check_score_map
+from .core import check_boxes, check_score_map, expect
 from .localize.maps import reference_score_map
 from .metrics.contours import level_boxes
 from .scoring.report import Report
 
-# %% ../nbs/1_evaluation/11_show.ipynb #64ccc2c8
+# %% ../nbs/1_evaluation/11_show.ipynb #84423b45
 GREEN, BLUE = (60, 220, 60), (50, 120, 255)
+
+def _tensor_to_rgb(x):
+    expect(x.ndim == 3 and len(x) == 3, 'image.shape', tuple(x.shape), '(3,H,W)')
+    return (x.detach().cpu().float().clamp(0, 1)*255).round().byte().permute(1, 2, 0).numpy()
 
 def to_rgb(
     image, # (3,H,W) tensor in [0,1], (H,W,3) uint8 array, or PIL image
 )->np.ndarray: # (H,W,3) uint8
     "Any of the library's images as an RGB array."
-    if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or len(image) != 3: raise ValueError(f'image: expected a (3,H,W) tensor, got {tuple(image.shape)}')
-        return (image.detach().cpu().float().clamp(0, 1)*255).round().byte().permute(1, 2, 0).numpy()
+    if isinstance(image, torch.Tensor): return _tensor_to_rgb(image)
     arr = np.asarray(image if isinstance(image, np.ndarray) else image.convert('RGB'))
-    if arr.ndim != 3 or arr.shape[2] != 3 or arr.dtype != np.uint8: raise ValueError(f'image: expected (H,W,3) uint8, got {arr.shape} {arr.dtype}')
+    expect(arr.ndim == 3 and arr.shape[2] == 3, 'image.shape', arr.shape, '(H,W,3)')
+    expect(arr.dtype == np.uint8, 'image.dtype', str(arr.dtype), 'uint8')
     return arr
 
+# %% ../nbs/1_evaluation/11_show.ipynb #64ccc2c8
 def overlay(
     image, # as for `to_rgb`
     score_map, # (h,w) in [0,1]; resized to the image where it is smaller
@@ -43,13 +47,17 @@ def overlay(
     cmap:str='turbo', # matplotlib colour map
 )->np.ndarray: # (H,W,3) uint8
     "The image with the score map laid over it in colour; where the map is low the picture stays."
-    if not 0 <= alpha <= 1: raise ValueError(f'alpha={alpha}: expected 0 to 1')
-    rgb, s = to_rgb(image), check_score_map(score_map.detach().cpu() if isinstance(score_map, torch.Tensor) else score_map)
-    if s.shape != rgb.shape[:2]: s = cv2.resize(s, rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    expect(0 <= alpha <= 1, 'alpha', alpha, '0 to 1')
+    rgb = to_rgb(image)
+    if isinstance(score_map, torch.Tensor): score_map = score_map.detach().cpu()
+    s = check_score_map(score_map)
+    if s.shape != rgb.shape[:2]:
+        s = cv2.resize(s, rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     heat = matplotlib.colormaps[cmap](s)[..., :3]*255
     weight = alpha*np.sqrt(s)[..., None]
     return ((1 - weight)*rgb + weight*heat).round().astype(np.uint8)
 
+# %% ../nbs/1_evaluation/11_show.ipynb #688ae0d7
 def draw_boxes(
     image, # as for `to_rgb`
     boxes, # (n,4) inclusive, in the image's pixels
@@ -59,7 +67,8 @@ def draw_boxes(
     "The image with box outlines; a box's last pixel is inside it."
     rgb = to_rgb(image).copy()
     width = width or max(1, round(min(rgb.shape[:2])/110))
-    for x0, y0, x1, y1 in check_boxes(boxes).tolist(): cv2.rectangle(rgb, (x0, y0), (x1, y1), color, width)
+    for x0, y0, x1, y1 in check_boxes(boxes).tolist():
+        cv2.rectangle(rgb, (x0, y0), (x1, y1), color, width)
     return rgb
 
 # %% ../nbs/1_evaluation/11_show.ipynb #57f988e0
@@ -70,10 +79,11 @@ def draw_mask(
     width:int=None, # of the line, pixels; None: by the image's size
 )->np.ndarray: # (H,W,3) uint8, a copy
     "The image with the outline of a mask."
-    rgb, inside = to_rgb(image).copy(), np.asarray(mask) == 1
-    if inside.shape != rgb.shape[:2]: raise ValueError(f'mask: expected shape {rgb.shape[:2]}, got {inside.shape}')
-    outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(rgb, outlines, -1, color, width or max(1, round(min(rgb.shape[:2])/150)))
+    rgb, inside = to_rgb(image).copy(), (np.asarray(mask) == 1).astype(np.uint8)
+    expect(inside.shape == rgb.shape[:2], 'mask.shape', inside.shape, str(rgb.shape[:2]))
+    outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    width = width or max(1, round(min(rgb.shape[:2])/150))
+    return cv2.drawContours(rgb, outlines, -1, color, width)
 
 # %% ../nbs/1_evaluation/11_show.ipynb #306539ab
 @dataclass
@@ -90,39 +100,72 @@ class Example:
     def panel(self, alpha=.6):
         "The overlay with both boxes, or with the outlines of both masks."
         rgb = overlay(self.image, self.score_map, alpha)
-        if self.true_mask is not None: return draw_mask(draw_mask(rgb, self.true_mask), self.score_map >= self.tau, BLUE)
+        if self.true_mask is not None:
+            return draw_mask(draw_mask(rgb, self.true_mask), self.score_map >= self.tau, BLUE)
         rgb = draw_boxes(rgb, self.true_boxes)
         return rgb if self.box is None else draw_boxes(rgb, self.box[None], BLUE)
 
-# %% ../nbs/1_evaluation/11_show.ipynb #a8c38019
+# %% ../nbs/1_evaluation/11_show.ipynb #f1316406
+def _ranked(report):
+    "The per-image table, worst first, without images that have nothing to be ranked by."
+    table = report.images
+    if report.boxes: return table[table.iou.notna()]
+    return table[table.f1_pos.notna()] if report.pixels else table
+
+def _named(table, ids, split):
+    "The rows of these images, in this order."
+    lost = set(ids) - set(table.image_id)
+    if lost: raise ValueError(f'order: {sorted(lost)[0]!r} is no scored image of split {split!r}')
+    return table.set_index('image_id', drop=False).loc[list(ids)]
+
+def _chosen(report, order, n):
+    "Rows of the per-image table, as `examples` was asked for them."
+    table, orders = _ranked(report), ('worst', 'best', 'spread')
+    if not isinstance(order, str): return _named(table, order, report.protocol['split']).head(n)
+    expect(order in orders, 'order', order, 'worst, best, spread or a list of image ids')
+    if order == 'best': table = table[::-1]
+    if order == 'spread':
+        places = np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int)
+        table = table.iloc[np.unique(places)]
+    return table.head(n)
+
+# %% ../nbs/1_evaluation/11_show.ipynb #121d5b1d
+def _title(r, report):
+    "The true class, the predicted one where it is another, and how well the object was found."
+    title = f'{r.true_name}' if r.correct else f'{r.true_name} → {r.pred_name}'
+    if report.boxes: return f'{title}\nIoU {r.iou:.2f}'
+    return f'{title}\nF1+ {r.f1_pos:.2f}' if report.pixels else title
+
+def _box_at(score_map, tau):
+    lb = level_boxes(score_map, [tau])
+    return lb.boxes[lb.largest[0]]
+
+# %% ../nbs/1_evaluation/11_show.ipynb #ebf87bd3
+def _example(r, localizer, part, report):
+    "The image of a row of the per-image table, with its map made again."
+    x, y = part.dataset[r.row]
+    raw = localizer.raw(x[None].to(part.device), y[None].to(part.device))[0].cpu().numpy()
+    s = reference_score_map(raw, part.size, report.protocol['preset'])
+    shown = Example(x, s, part.boxes[r.row], None, _title(r, report))
+    if report.boxes: shown.box = _box_at(s, report.boxes['coverage']['tau'])
+    elif report.pixels: shown.true_mask, shown.tau = part.mask(r.row), report.pixels['dice']['tau']
+    return shown
+
+# %% ../nbs/1_evaluation/11_show.ipynb #32c6e299
 def examples(
     localizer, # the one that was evaluated
     dls, # `WSOLDataLoaders`
     report:Report, # from `evaluate`, with its per-image table
     n:int=12, # how many
-    order='worst', # 'worst', 'best' or 'spread' (evenly over the ranking), or a list of image ids
+    # 'worst', 'best' or 'spread' (evenly over the ranking), or a list of image ids
+    order='worst',
 )->list: # of Example
-    "Images of an evaluated split with their maps, and boxes at the τ of MaxBoxAcc of the middle δ, or outlines at the τ of the best Dice."
-    table, part = report.images, dls.localizable(report.protocol['split'])
-    if report.boxes or report.pixels: table = table[(table.iou if report.boxes else table.f1_pos).notna()]
-    if isinstance(order, str) and order not in ('worst', 'best', 'spread'): raise ValueError(f'order={order!r}: expected worst, best, spread or a list of image ids')
-    if not isinstance(order, str):
-        if lost := set(order) - set(table.image_id): raise ValueError(f'order: {sorted(lost)[0]!r} is no scored image of split {report.protocol["split"]!r}')
-        table = table.set_index('image_id', drop=False).loc[list(order)]
-    elif order == 'best': table = table[::-1]
-    elif order == 'spread': table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(n, len(table))).round().astype(int))]
-    tau, outline = report.boxes['coverage']['tau'] if report.boxes else None, report.pixels['dice']['tau'] if report.pixels and not report.boxes else None
-    out = []
-    for r in table.head(n).itertuples():
-        x, y = part.dataset[r.row]
-        raw = localizer.raw(x[None].to(part.device), y[None].to(part.device))[0].cpu().numpy()
-        s = reference_score_map(raw, part.size, report.protocol['preset'])
-        lb = level_boxes(s, [tau]) if tau is not None else None
-        title = f'{r.true_name}' + ('' if r.correct else f' → {r.pred_name}') + (f'\nIoU {r.iou:.2f}' if tau is not None else f'\nF1+ {r.f1_pos:.2f}' if outline is not None else '')
-        mask = part.mask(r.row) if outline is not None else None
-        out.append(Example(x, s, part.boxes[r.row], lb.boxes[lb.largest[0]] if lb else None, title, mask, outline))
-    return out
+    "Images of a scored split with maps: boxes at the middle δ's τ, or outlines at the best Dice's."
+    part = dls.localizable(report.protocol['split'])
+    rows = _chosen(report, order, n).itertuples()
+    return [_example(r, localizer, part, report) for r in rows]
 
+# %% ../nbs/1_evaluation/11_show.ipynb #ba669d7c
 def contact_sheet(
     shown, # list of Example
     ncols:int=6, # panels a row
@@ -131,44 +174,59 @@ def contact_sheet(
     "A figure of examples: map over image, true box green, predicted box blue."
     if not shown: raise ValueError('shown: no example to show')
     rows = math.ceil(len(shown)/ncols)
-    fig, axs = plt.subplots(rows, ncols, figsize=(width*ncols, (width + .35)*rows), squeeze=False)
+    size = width*ncols, (width + .35)*rows
+    fig, axs = plt.subplots(rows, ncols, figsize=size, squeeze=False)
     for ax in axs.flat: ax.axis('off')
-    for e, ax in zip(shown, axs.flat): ax.imshow(e.panel()); ax.set_title(e.title, fontsize=7)
+    for e, ax in zip(shown, axs.flat):
+        ax.imshow(e.panel())
+        ax.set_title(e.title, fontsize=8)
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/1_evaluation/11_show.ipynb #813506f9
-def plot_curve(
-    report:Report, # with boxes or masks
-    ax=None, # matplotlib axes; None: a new figure
-):
-    "BoxAcc over τ for each δ with its 95 % band, the maximum marked, the centre baseline's maximum dotted; for masks alone, precision over recall."
-    if not report.boxes and not report.pixels: raise ValueError(f"report: {report.note()[0]}")
-    ax = ax or plt.subplots(figsize=(4.6, 3))[1]
-    if not report.boxes: return _plot_precision(report, ax)
-    curve = report.boxes['curve']
-    for i, (d, ys, c) in enumerate(zip(curve['deltas'], curve['single'], plt.rcParams['axes.prop_cycle'].by_key()['color'])):
-        m = report.boxes['max_box_acc'][f'{d:g}']
-        ax.plot(curve['taus'], ys, color=c, label=f'δ = {d:g}: {m["value"]:.1f}')
-        if 'single_low' in curve: ax.fill_between(curve['taus'], curve['single_low'][i], curve['single_high'][i], color=c, alpha=.15, lw=0)
-        ax.plot(m['tau'], m['value'], 'o', color=c, ms=5)
-        ax.axhline(report.centre['max_box_acc'][f'{d:g}']['value'], color=c, ls=':', lw=1)
+# %% ../nbs/1_evaluation/11_show.ipynb #76267ad5
+def _plot_boxes(report, ax):
+    "BoxAcc over τ, a curve for each δ."
+    curve, best = report.boxes['curve'], report.boxes['max_box_acc']
+    centre = report.centre['max_box_acc']
+    colors = plt.rcParams['axes.prop_cycle'].by_key()['color']
+    for i, (delta, ys, color) in enumerate(zip(curve['deltas'], curve['single'], colors)):
+        d = f'{delta:g}'
+        value, tau = best[d]['value'], best[d]['tau']
+        ax.plot(curve['taus'], ys, color=color, label=f'δ = {d}: {value:.1f}')
+        if 'single_low' in curve:
+            low, high = curve['single_low'][i], curve['single_high'][i]
+            ax.fill_between(curve['taus'], low, high, color=color, alpha=.15, lw=0)
+        ax.plot(tau, value, 'o', color=color, ms=5)
+        ax.axhline(centre[d]['value'], color=color, ls=':', lw=1)
     ax.set(xlabel='τ', ylabel='BoxAcc (%)', ylim=(0, 102), xlim=(0, 1))
     ax.legend(fontsize=8, frameon=False)
     return ax
 
+# %% ../nbs/1_evaluation/11_show.ipynb #ef93a682
 def _plot_precision(report, ax):
     "Precision over recall, with the best Dice marked and the all-ones baseline."
     p, c = report.pixels, report.pixels['curve']
-    at = int(np.argmin(abs(np.array(c['taus']) - p['dice']['tau'])))
+    dice, tau = p['dice']['value'], p['dice']['tau']
+    at = int(np.argmin(abs(np.array(c['taus']) - tau)))
     ax.plot(c['recall'], c['precision'], label=f"PxAP {p['pxap']['value']:.1f}")
-    ax.plot(c['recall'][at], c['precision'][at], 'o', ms=5, label=f"best Dice {p['dice']['value']:.1f}, τ {p['dice']['tau']:.3f}")
+    label = f'best Dice {dice:.1f}, τ {tau:.3f}'
+    ax.plot(c['recall'][at], c['precision'][at], 'o', ms=5, label=label)
     ax.axhline(p['all_ones']['pxap'], color='grey', ls=':', lw=1)
     ax.set(xlabel='recall (%)', ylabel='precision (%)', ylim=(0, 102), xlim=(0, 102))
     ax.legend(fontsize=8, frameon=False)
     return ax
 
-# %% ../nbs/1_evaluation/11_show.ipynb #cec5b47a
+# %% ../nbs/1_evaluation/11_show.ipynb #c1106656
+def plot_curve(
+    report:Report, # with boxes or masks
+    ax=None, # matplotlib axes; None: a new figure
+):
+    "BoxAcc over τ for each δ with its band and maximum; for masks alone, precision over recall."
+    if not report.boxes and not report.pixels: raise ValueError(f'report: {report.note()[0]}')
+    ax = ax or plt.subplots(figsize=(4.6, 3))[1]
+    return _plot_boxes(report, ax) if report.boxes else _plot_precision(report, ax)
+
+# %% ../nbs/1_evaluation/11_show.ipynb #03c15a1c
 def figure_uri(
     fig, # matplotlib figure; closed afterwards
     dpi:int=80, # of the JPEG
@@ -179,25 +237,52 @@ def figure_uri(
     plt.close(fig)
     return 'data:image/jpeg;base64,' + base64.b64encode(buf.getvalue()).decode()
 
-_STYLE = '''body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .9em;border-bottom:1px solid #ddd}caption{text-align:left;font-weight:600;padding:.4em 0}
-img{max-width:100%}.g{color:#1a9a1a}.b{color:#2461c4}h2{margin-top:1.6em}'''
+# %% ../nbs/1_evaluation/11_show.ipynb #5e64601e
+_STYLE = (
+    'body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;'
+    'color:#222}\n'
+    'table{border-collapse:collapse;margin:1em 0}'
+    'td,th{padding:.25em .9em;border-bottom:1px solid #ddd}'
+    'caption{text-align:left;font-weight:600;padding:.4em 0}\n'
+    'img{max-width:100%}.g{color:#1a9a1a}.b{color:#2461c4}h2{margin-top:1.6em}')
 
+def _content(part):
+    "A report, a figure or text as HTML."
+    if isinstance(part, Report): return part._repr_html_()
+    if isinstance(part, plt.Figure): return f'<img alt="" src="{figure_uri(part)}">'
+    return f'<p>{part}</p>'
+
+# %% ../nbs/1_evaluation/11_show.ipynb #cec5b47a
 def write_html(
     path, # of the page
     title:str, # its heading
     parts, # list of (heading, content, …); a content is text, a Report or a figure
 )->Path:
     "Write a self-contained page; figures are embedded."
-    def show(p):
-        if isinstance(p, Report): return p._repr_html_()
-        return f'<img alt="" src="{figure_uri(p)}">' if isinstance(p, plt.Figure) else f'<p>{p}</p>'
-    body = ''.join(f'<h2>{html.escape(h)}</h2>' + ''.join(map(show, contents)) for h, *contents in parts)
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>'
+    title, body = html.escape(title), ''
+    for heading, *contents in parts:
+        body += f'<h2>{html.escape(heading)}</h2>' + ''.join(map(_content, contents))
+    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+    page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>{body}</body></html>'
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding='utf-8')
     return path
+
+# %% ../nbs/1_evaluation/11_show.ipynb #acf39800
+def _legend(report):
+    outlined = report.pixels and not report.boxes
+    shapes, tau = ('outline', 'of the best Dice') if outlined else ('box', 'of δ = .5')
+    return (f'<span class="g">Green</span>: true {shapes}. <span class="b">Blue</span>: predicted '
+        f'{shapes} at the τ {tau}. Colour: the score map of the true class.')
+
+def _curve_part(report):
+    "The curve with its heading and a line that explains it."
+    if report.boxes: heading, text = ('BoxAcc over the threshold',
+        'Each δ with its maximum and its 95 % band; dotted, the centre box at its best.')
+    else: heading, text = ('Precision over recall',
+        'All pixels of the split together; dotted, the map that is 1 everywhere.')
+    return heading, text, plot_curve(report).figure
 
 # %% ../nbs/1_evaluation/11_show.ipynb #5e56625e
 def write_report(
@@ -209,11 +294,11 @@ def write_report(
     before=(), # parts to show first, as for `write_html`
 )->Path:
     "The page of a report: table, curve, contact sheets with the failures first."
-    shapes, tau = ('box', 'of δ = .5') if report.boxes or not report.pixels else ('outline', 'of the best Dice')
-    legend = f'<span class="g">Green</span>: true {shapes}. <span class="b">Blue</span>: predicted {shapes} at the τ {tau}. Colour: the score map of the true class.'
-    parts = list(before) + [('Scores', report)]
-    if report.boxes: parts.append(('BoxAcc over the threshold', 'Each δ with its maximum and its 95 % band; dotted, the centre box at its best.', plot_curve(report).figure))
-    elif report.pixels: parts.append(('Precision over recall', 'All pixels of the split together; dotted, the map that is 1 everywhere.', plot_curve(report).figure))
-    for head, order in (('The worst localized images', 'worst'), ('From worst to best', 'spread')) if report.boxes or report.pixels else (('Images', 'spread'),):
-        parts.append((head, legend, contact_sheet(examples(localizer, dls, report, n, order))))
+    parts, sheets = [*before, ('Scores', report)], [('Images', 'spread')]
+    if report.boxes or report.pixels:
+        parts.append(_curve_part(report))
+        sheets = [('The worst localized images', 'worst'), ('From worst to best', 'spread')]
+    for heading, order in sheets:
+        sheet = contact_sheet(examples(localizer, dls, report, n, order))
+        parts.append((heading, _legend(report), sheet))
     return write_html(path, title, parts)

@@ -6,37 +6,49 @@
 __all__ = ['VIEWS', 'check_views', 'Mirrored']
 
 # %% ../../nbs/1_evaluation/07_mirrored.ipynb #d918394a
+from ..core import expect
 from .base import Localizer, find_localizer
 from ..registry import localizer
 
-# %% ../../nbs/1_evaluation/07_mirrored.ipynb #2df2420f
-VIEWS = {1: [], 2: [(-1,)], 4: [(-1,), (-2,), (-2, -1)]} # number of views -> along which axes the others are flipped
+# %% ../../nbs/1_evaluation/07_mirrored.ipynb #ab5f2be3
+VIEWS = { # number of views -> along which axes the others are flipped
+    1: [],
+    2: [(-1,)],
+    4: [(-1,), (-2,), (-2, -1)]}
 
 def check_views(views):
     "1, 2 or 4, or a ValueError."
-    if isinstance(views, bool) or views not in VIEWS: raise ValueError(f'views={views!r}: expected 1 (the image), 2 (and its mirror image) or 4 (and both upside down)')
+    known = views in VIEWS and not isinstance(views, bool)
+    wanted = '1 (the image), 2 (and its mirror image) or 4 (and both upside down)'
+    expect(known, 'views', views, wanted)
     return views
 
+# %% ../../nbs/1_evaluation/07_mirrored.ipynb #2df2420f
 @localizer(needs='another localizer', passes='2 or 4 of it')
 class Mirrored(Localizer):
     "The mean of a localizer's maps of an image and of its mirror images, turned back."
     def __init__(self,
         model, # as for the localizer
         of='headmaps', # the localizer, a name or a class
-        views:int=2, # 2: the image and its mirror image; 4: both upside down too, where images have no up and down; 1: the image
+        # 2: with the mirror image; 4: both upside down too, where images have no up and down
+        views:int=2,
         **kwargs # for the localizer
     ):
         super().__init__(model)
-        self.localizer = (find_localizer(of) if isinstance(of, str) else of)(self.model, **kwargs)
+        kind = find_localizer(of) if isinstance(of, str) else of
+        self.localizer = kind(self.model, **kwargs)
         self.preset, self.flips = self.localizer.preset, VIEWS[check_views(views)]
 
     def mean(self, maps, of_flipped):
         "Of the maps of an image and those that `of_flipped(axes)` answers for each of the others."
-        return (maps + sum(of_flipped(f).flip(f) for f in self.flips))/(1 + len(self.flips))
+        others = sum(of_flipped(axes).flip(axes) for axes in self.flips)
+        return (maps + others)/(1 + len(self.flips))
 
     def compute(self, x, target, create_graph):
         logits, maps = self.localizer.compute(x, target, create_graph)
         same = target.pinned(logits)
-        return logits, self.mean(maps, lambda f: self.localizer.compute(x.flip(f), same, create_graph)[1])
+        def of_flipped(axes): return self.localizer.compute(x.flip(axes), same, create_graph)[1]
+        return logits, self.mean(maps, of_flipped)
 
-    def describe(self, preset=None): return f'{type(self).__name__}({self.localizer.describe(preset)})'
+    def describe(self, preset=None):
+        return f'{type(self).__name__}({self.localizer.describe(preset)})'

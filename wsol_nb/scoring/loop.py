@@ -21,7 +21,21 @@ from ..localize.maps import check_preset, reference_score_map
 from .report import Report, supervision_ledger
 from .scorer import Scorer
 
-# %% ../../nbs/1_evaluation/10_loop.ipynb #139db8e4
+# %% ../../nbs/1_evaluation/10_loop.ipynb #8f6ec933
+def _computed(scorer, split):
+    "The figures of each accumulator that has counted an image."
+    try: return {a: acc.compute() for a, acc in scorer.accs.items() if acc.n}
+    except ValueError as e: raise ValueError(f'split {split!r}: {e}') from None
+
+def _left_out(tally, got):
+    "How many images do not count in some figure, by the reason."
+    return dict(
+        images_without_a_true_box_left_out_of_the_box_figures=tally['no_box']*('boxes' in got),
+        images_without_a_mask_left_out_of_the_pixel_figures=tally['no_mask']*('boxes_px' in got),
+        empty_maps=tally['empty'],
+        images_with_a_box_and_no_map_so_map_metrics_do_not_apply=tally['no_map'])
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #f8f067ba
 def make_report(
     scorer:Scorer, # of one split
     protocol:dict, # with 'split'
@@ -30,70 +44,147 @@ def make_report(
     seconds:float=0., # that it took
 )->Report:
     "The report of what a scorer has counted."
-    t = scorer.tally
-    try: got = {a: acc.compute() for a, acc in scorer.accs.items() if acc.n}
-    except ValueError as e: raise ValueError(f"split {protocol['split']!r}: {e}") from None
-    missing = dict(images_without_a_true_box_left_out_of_the_box_figures=t['no_box']*('boxes' in got), images_without_a_mask_left_out_of_the_pixel_figures=t['no_mask']*('boxes_px' in got), empty_maps=t['empty'],
-                   images_with_a_box_and_no_map_so_map_metrics_do_not_apply=t['no_map'])
-    accuracy = {k: 100*t[k]/t['classified'] for k in ('top1', 'top5')} if t['classified'] else None
-    protocol = protocol | dict(rules=asdict(scorer.rules), first_box=scorer.first_box, supervision=f"τ: oracle, the truth of {protocol['split']!r}" if got else 'none')
-    return Report(protocol, t['images'], accuracy, got.get('boxes'), got.get('centre'), got.get('boxes_px'), got.get('centre_px'),
-                  supervision_ledger(scorer, protocol['split'], carried) if got else [], scorer.summary() if got else None, missing | (counts or {}), seconds)
+    split, t = protocol['split'], scorer.tally
+    got = _computed(scorer, split)
+    accuracy = None
+    if t['classified']: accuracy = {k: 100*t[k]/t['classified'] for k in ('top1', 'top5')}
+    used = f'τ: oracle, the truth of {split!r}' if got else 'none'
+    rules = dict(rules=asdict(scorer.rules), first_box=scorer.first_box, supervision=used)
+    return Report(protocol | rules, t['images'], accuracy,
+        boxes=got.get('boxes'), centre=got.get('centre'),
+        pixels=got.get('boxes_px'), centre_pixels=got.get('centre_px'),
+        ledger=supervision_ledger(scorer, split, carried) if got else [],
+        taus=scorer.summary() if got else None,
+        counts=_left_out(t, got) | (counts or {}), seconds=seconds)
 
-def _world(): return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+# %% ../../nbs/1_evaluation/10_loop.ipynb #4feedc2f
+def _world():
+    "This process's rank, and how many there are."
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
+# %% ../../nbs/1_evaluation/10_loop.ipynb #4da8161a
 def _share(scorer, rows, n):
-    "All processes' counts and rows, the same on each; an error where an image was lost or counted twice."
-    if _world()[1] == 1: return scorer, rows
-    every = [None]*_world()[1]
+    "All processes' counts and rows, the same on each; an image lost or counted twice is an error."
+    n_processes = _world()[1]
+    if n_processes == 1: return scorer, rows
+    every = [None]*n_processes
     dist.all_gather_object(every, (scorer, rows))
     scorer, rows = every[0]
-    for s, r in every[1:]: scorer, rows = scorer.merge(s), rows + r
-    if scorer.tally['images'] != n: raise RuntimeError(f"the processes scored {scorer.tally['images']} images, the split has {n}")
+    for its, more in every[1:]: scorer, rows = scorer.merge(its), rows + more
+    seen = scorer.tally['images']
+    if seen != n: raise RuntimeError(f'the processes scored {seen} images, the split has {n}')
     return scorer, rows
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #f721624a
+_COLUMNS = ['row', 'true', 'pred', 'prob', 'correct', 'ious', 'f1_pos', 'f1_neg']
+
+def _iou_at(ious, i):
+    "The `i`th IoU of each image, NaN where it has no true box."
+    return [np.nan if o is None else float(o[i]) for o in ious]
 
 def _per_image(rows, part, names, taus, at):
     "The per-image table, worst localized first."
-    df = pd.DataFrame(rows, columns=['row', 'true', 'pred', 'prob', 'correct', 'ious', 'f1_pos', 'f1_neg']).sort_values('row', kind='stable')
+    df = pd.DataFrame(rows, columns=_COLUMNS).sort_values('row', kind='stable')
     df.insert(0, 'image_id', part.df.image_id.to_numpy()[df.row])
-    df['true_name'], df['pred_name'] = (df[c].map(lambda i: names[i]) for c in ('true', 'pred'))
-    i = 0 if at is None else int(np.argmin(abs(taus - at)))
-    df['iou'] = [np.nan if o is None else float(o[i]) for o in df.pop('ious')]
-    return df.sort_values('iou' if df.iou.notna().any() else 'f1_pos', kind='stable').reset_index(drop=True)
+    for c in ('true', 'pred'): df[f'{c}_name'] = df[c].map(lambda i: names[i])
+    nearest = 0 if at is None else int(np.argmin(abs(taus - at)))
+    df['iou'] = _iou_at(df.pop('ious'), nearest)
+    worst_first = 'iou' if df.iou.notna().any() else 'f1_pos'
+    return df.sort_values(worst_first, kind='stable').reset_index(drop=True)
 
-# %% ../../nbs/1_evaluation/10_loop.ipynb #952c04d8
-def _measure(localizer, part, scorer, preset, pick, pool, bar):
+# %% ../../nbs/1_evaluation/10_loop.ipynb #1c81917b
+def _found(localizer, b, pick):
+    "Raw maps (B,h,w) of the true classes of a batch, or boxes (B,4)."
+    answer = localizer.boxes if isinstance(localizer, BoxLocalizer) else localizer.raw
+    raw = answer(b.x, b.y)
+    if raw.ndim == 4:
+        n = raw.shape[1]
+        if pick is None: raise ValueError(f'pick: the localizer gives {n} maps an image; '
+            f'say which one to score, 0 to {n - 1}')
+        raw = raw[:, pick]
+    return raw if isinstance(raw, np.ndarray) else raw.cpu().numpy()
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #f4b868c9
+def _classes(logits, y):
+    "The top class's probability (B,), that class (B,), which of the top 5 is the true one (B,5)."
+    prob = logits.softmax(1).max(1).values.cpu()
+    top = logits.topk(min(5, logits.shape[1]), 1).indices
+    return prob, top[:, 0].cpu(), (top == y[:, None]).cpu().numpy()
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #50d570a4
+def _look(i, found, b, part, scorer, preset):
+    "Measure image `i` of a batch; threads do that."
+    row = int(b.rows[i])
+    if found.ndim > 2: one = reference_score_map(found[i], part.size, preset)
+    else: one = found[i] # a box
+    mask = part.mask(row) if part.n_masked else None
+    return scorer.look(one, b.boxes[i], mask, part.df.image_id[row])
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #dea2ca82
+def _count(i, seen, b, part, scorer, classes):
+    "Count image `i` of a batch, and give its row of the table, see `_COLUMNS`."
+    prob, top, right = classes
+    row, y, hit = int(b.rows[i]), int(b.y[i]), (right[i, 0], right[i].any())
+    f1 = scorer.count(seen, part.df.image_id[row], y, hit)
+    ious = seen['boxes'].single.astype(np.float16) if 'boxes' in seen else None
+    own = row, y, int(top[i]), float(prob[i]), bool(hit[0])
+    return *own, ious, f1.get('f1_pos'), f1.get('f1_neg')
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #4e969e07
+def _measure(localizer, part, batches, scorer, preset, pick, pool):
     "Score every image of a part; returns the per-image rows."
     rows = []
-    for b in bar(part):
-        if isinstance(localizer, BoxLocalizer): raw = localizer.boxes(b.x, b.y)
-        else: raw = localizer.raw(b.x, b.y)
-        if raw.ndim == 4:
-            if pick is None: raise ValueError(f'pick: the localizer gives {raw.shape[1]} maps an image; say which one to score, 0 to {raw.shape[1] - 1}')
-            raw = raw[:, pick]
-        raw, logits = raw if isinstance(raw, np.ndarray) else raw.cpu().numpy(), localizer.logits
-        prob, top = logits.softmax(1).max(1).values.cpu(), logits.topk(min(5, logits.shape[1]), 1).indices
-        right = (top == b.y[:, None]).cpu().numpy()
-        def look(i):
-            r = int(b.rows[i])
-            found = raw[i] if raw.ndim == 2 else reference_score_map(raw[i], part.size, preset)
-            return scorer.look(found, b.boxes[i], part.mask(r) if part.n_masked else None, part.df.image_id[r])
-        for i, seen in enumerate(pool.map(look, range(len(right)))):
-            r, ok = int(b.rows[i]), (right[i, 0], right[i].any())
-            f1 = scorer.count(seen, part.df.image_id[r], int(b.y[i]), ok)
-            ious = seen['boxes'].single.astype(np.float16) if 'boxes' in seen else None
-            rows.append((r, int(b.y[i]), int(top[i, 0]), float(prob[i]), bool(ok[0]), ious, f1.get('f1_pos'), f1.get('f1_neg')))
+    for b in batches:
+        found = _found(localizer, b, pick)
+        classes = _classes(localizer.logits, b.y)
+        def look(i): return _look(i, found, b, part, scorer, preset)
+        for i, seen in enumerate(pool.map(look, range(len(found)))):
+            rows.append(_count(i, seen, b, part, scorer, classes))
     return rows
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #4a1e363b
+def _comparable(a, b): return a.n_boxed and b.n_boxed or a.n_masked and b.n_masked
+
 def _carried(localizer, dls, part, tau_from, preset, common):
-    "(split, summary) of the split that τs come from, or None where it is the scored one or has no truth."
+    "(split, summary) that τs come from; None where it is the scored split or has no truth."
     if tau_from is None: return None
-    if isinstance(tau_from, Report): return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
+    if isinstance(tau_from, Report):
+        return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
     other = dls.localizable(tau_from)
-    if other.split == part.split or not (other.n_boxed and part.n_boxed or other.n_masked and part.n_masked): return None
+    if other.split == part.split or not _comparable(other, part): return None
     report = evaluate(localizer, dls, tau_from, preset, tau_from=None, bootstrap=0, **common)
     return report.protocol['split'], report.taus
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #34f8b372
+def _own_batches(part, progress):
+    "This process's share of a split, and its batches, under a bar on the first process."
+    rank, world = _world()
+    own = part.shard(rank, world) if world > 1 else part
+    if not progress or rank > 0: return own, own
+    return own, progress_bar(own, total=-(-len(own)//own.bs), leave=False)
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #7f5b32c8
+def _protocol(localizer, dls, part, preset):
+    "What a reader must know to get the same figures."
+    source = dls.info.source
+    return dict(dataset=source.get('dataset', source.get('root', 'manifest')), split=part.split,
+        localizer=localizer.describe(preset), target='true class', preset=preset, size=part.size,
+        processes=_world()[1])
+
+def _skipped(dls, part):
+    "Images of a split that could not be read, and so are not in it."
+    return 0 if dls.skipped is None else int((dls.skipped.split == part.split).sum())
+
+# %% ../../nbs/1_evaluation/10_loop.ipynb #73eba841
+def _full_report(scorer, rows, dls, part, protocol, carried):
+    "The report with its table of images; among five classes or fewer, all are in the top 5."
+    report = make_report(scorer, protocol, dict(skipped_images=_skipped(dls, part)), carried)
+    if dls.c <= 5: report.accuracy['top5'] = None
+    at = report.boxes['coverage']['tau'] if report.boxes else None
+    taus = scorer.accs['boxes'].taus if report.boxes else None
+    report.images = _per_image(rows, part, dls.vocab, taus, at)
+    return report
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #fd77153a
 @delegates(Scorer)
@@ -102,29 +193,29 @@ def evaluate(
     dls, # `WSOLDataLoaders`
     split:str='test', # a split's name or role
     preset:str=None, # how raw maps become score maps; None: the localizer's own
-    tau_from='tune', # the split (or role, or its `Report`) whose τs are carried over to this one; None: no
+    # the split (or role, or its `Report`) whose τs are carried over to this one; None: no
+    tau_from='tune',
     pick:int=None, # which map, of a localizer that gives several an image
     bootstrap:int=200, # replicates for 95 % intervals; 0: none
     progress:bool=True, # show a bar
     n_threads:int=2, # that measure maps
     **kwargs
 )->Report:
-    "Score the maps of the true classes of a split against its boxes and masks, in the reference protocol."
+    "Score maps of a split's true classes against its boxes and masks, in the reference protocol."
     start, part = time.time(), dls.localizable(split)
-    if dls.info.multi_label: raise ValueError(f'split={split!r}: its images have several classes; only single-label localization can be scored')
-    preset, common = check_preset(preset or localizer.preset), dict(progress=progress, n_threads=n_threads, pick=pick, **kwargs)
-    carried = _carried(localizer, dls, part, tau_from, preset, common) if part.n_boxed or part.n_masked else None
-    scorer, (rank, world) = Scorer(part.size, part.n_boxed > 0, part.n_masked > 0, bootstrap=bootstrap, **kwargs), _world()
-    own = part.shard(rank, world) if world > 1 else part
-    bar = (lambda it: progress_bar(it, total=-(-len(own)//own.bs), leave=False)) if progress and rank == 0 else iter
-    with ThreadPoolExecutor(n_threads) as pool: rows = _measure(localizer, own, scorer, preset, pick, pool, bar)
+    if dls.info.multi_label:
+        raise ValueError(f'split={split!r}: its images have several classes; '
+            'only single-label localization can be scored')
+    preset, carried = check_preset(preset or localizer.preset), None
+    if part.n_boxed or part.n_masked:
+        common = dict(progress=progress, n_threads=n_threads, pick=pick, **kwargs)
+        carried = _carried(localizer, dls, part, tau_from, preset, common)
+    scorer = Scorer(part.size, part.n_boxed > 0, part.n_masked > 0, bootstrap=bootstrap, **kwargs)
+    own, batches = _own_batches(part, progress)
+    with ThreadPoolExecutor(n_threads) as pool:
+        rows = _measure(localizer, own, batches, scorer, preset, pick, pool)
     scorer, rows = _share(scorer, rows, len(part))
-    skipped = 0 if dls.skipped is None else int((dls.skipped.split == part.split).sum())
-    protocol = dict(dataset=dls.info.source.get('dataset', dls.info.source.get('root', 'manifest')), split=part.split, localizer=localizer.describe(preset),
-                    target='true class', preset=preset, size=part.size, processes=world)
-    report = make_report(scorer, protocol, dict(skipped_images=skipped), carried)
-    if dls.c <= 5: report.accuracy['top5'] = None
-    at = report.boxes['coverage']['tau'] if report.boxes else None
-    report.images = _per_image(rows, part, dls.vocab, scorer.accs['boxes'].taus if report.boxes else None, at)
+    protocol = _protocol(localizer, dls, part, preset)
+    report = _full_report(scorer, rows, dls, part, protocol, carried)
     report.seconds = time.time() - start
     return report

@@ -17,38 +17,59 @@ from fastcore.basics import patch
 
 from .scorer import Scorer
 
-# %% ../../nbs/1_evaluation/09_report.ipynb #cb8c7d64
-def _value(row, scores, classified):
-    "A ledger row with its cells, {column: %}."
-    b, m = scores.get('boxes'), scores.get('boxes_px')
-    cells = {f'δ={d}': v['value'] for d, v in b['single'].items()} | {'V2': b['v2']['value']} if b else {}
-    if b and classified: d = list(b['top1'])[len(b['top1'])//2]; cells[f'Top-1 δ={d}'] = b['top1'][d]['value']
-    return row | dict(scores=cells | ({'Dice': m['dice']['value'], 'mIoU': m['miou']['value']} if m else {}))
+# %% ../../nbs/1_evaluation/09_report.ipynb #47423ee2
+def _cells(scores, classified):
+    "The scores of a ledger row, {column: %}, from a `Scorer.summary`."
+    boxes, pixels, cells = scores.get('boxes'), scores.get('boxes_px'), {}
+    if boxes: cells |= {f'δ={d}': v['value'] for d, v in boxes['single'].items()}
+    if boxes: cells['V2'] = boxes['v2']['value']
+    if boxes and classified:
+        deltas = list(boxes['top1'])
+        d = deltas[len(deltas)//2]
+        cells[f'Top-1 δ={d}'] = boxes['top1'][d]['value']
+    if pixels: cells |= {'Dice': pixels['dice']['value'], 'mIoU': pixels['miou']['value']}
+    return cells
 
+# %% ../../nbs/1_evaluation/09_report.ipynb #cb8c7d64
 def supervision_ledger(
     scorer:Scorer, # of one split
     split:str, # its name
     carried=None, # (split, `summary`) whose τs are carried over
 )->list: # of dicts: selection, tau, used, scores
-    "The same counts under each source of τ, with the annotations that each used beyond image labels."
-    rows = [('oracle', f'{split} truth for τ', scorer.summary()), ('fixed', 'nothing', scorer.summary('fixed'))]
-    if carried: rows.insert(1, (carried[0], f'{carried[0]} truth for τ', scorer.summary(carried[1])))
-    return [_value(dict(selection='as given', tau=t, used=u), scores, scorer.tally['classified']) for t, u, scores in rows if scores]
+    "The same counts under each source of τ, with the annotations used beyond image labels."
+    sources = [('oracle', f'{split} truth for τ', scorer.summary())]
+    if carried:
+        other, taus = carried
+        sources.append((other, f'{other} truth for τ', scorer.summary(taus)))
+    sources.append(('fixed', 'nothing', scorer.summary('fixed')))
+    ledger = []
+    for tau, used, scores in sources:
+        if not scores: continue
+        cells = _cells(scores, scorer.tally['classified'])
+        ledger.append(dict(selection='as given', tau=tau, used=used, scores=cells))
+    return ledger
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #2dcaed2c
+def _number(v, form='.1f'): return '' if v is None else format(v, form)
 
 def _columns(ledger):
     "The scores that any row of a ledger has."
     return list(dict.fromkeys(c for r in ledger for c in r['scores']))
 
+# %% ../../nbs/1_evaluation/09_report.ipynb #605d1214
 def ledger_text(
     ledger, # rows of `supervision_ledger`
 )->str:
     "The ledger as a text table."
     columns = _columns(ledger)
-    lines = [f'{"selection":<12}{"τ from":<10}' + ''.join(f'{c:>13}' for c in columns) + '   annotations used beyond image labels']
-    for r in ledger: lines.append(f'{r["selection"]:<12}{r["tau"]:<10}' + ''.join(f'{"" if (v := r["scores"].get(c)) is None else format(v, ".1f"):>13}' for c in columns) + f'   {r["used"]}')
+    head = ''.join(f'{c:>13}' for c in columns)
+    lines = [f'{"selection":<12}{"τ from":<10}{head}   annotations used beyond image labels']
+    for r in ledger:
+        cells = ''.join(f'{_number(r["scores"].get(c)):>13}' for c in columns)
+        lines.append(f'{r["selection"]:<12}{r["tau"]:<10}{cells}   {r["used"]}')
     return '\n'.join(lines)
 
-# %% ../../nbs/1_evaluation/09_report.ipynb #75aef682
+# %% ../../nbs/1_evaluation/09_report.ipynb #b304c2bf
 class Row(NamedTuple):
     "A line of a report's table; None where it does not apply."
     name: str
@@ -62,64 +83,122 @@ def _ci(m): return (m['low'], m['high']) if 'low' in m else None
 
 def _range(interval): return '' if interval is None else '{:.1f}–{:.1f}'.format(*interval)
 
-def _box_rows(b, c, tops):
-    "Rows of `BoxAcc.compute()` and that of the centre."
-    rows = [Row(f'MaxBoxAcc δ={d}', m['value'], m['tau'], _ci(m), c['max_box_acc'][d]['value']) for d, m in b['max_box_acc'].items()]
-    rows.append(Row('MaxBoxAccV2', b['max_box_acc_v2'], None, b['v2_interval'], c['max_box_acc_v2']))
-    d, cov = f'{b["coverage"]["delta"]:g}', b['coverage']
-    for k in tops: rows.append(Row(f'Top-{k} localization δ={d}', (m := b[f'top{k}_loc'][d])['value'], m['tau'], _ci(m)))
-    for how, of in (('image', ''), ('class', ', class average')):
-        if b['corloc'] and b['corloc'][how]: rows.append(Row(f'CorLoc δ={d}{of}', b['corloc'][how][d], b['corloc']['tau'], None, c['corloc'][how][d]))
-    rows.append(Row(f'object inside the box, at the τ of δ={d}', cov['value'], cov['tau'], None, c['coverage']['value']))
-    half = int(np.argmin(np.abs(np.array(b['curve']['taus']) - .5)))
-    if abs(b['curve']['taus'][half] - .5) < 1e-6: rows.append(Row('object inside the box, at τ=.5', b['curve']['coverage'][half], b['curve']['taus'][half], None, c['curve']['coverage'][half]))
+# %% ../../nbs/1_evaluation/09_report.ipynb #4eb38d87
+def _localization_rows(b, c, tops):
+    "MaxBoxAcc of each δ, V2, and Top-k localization at the middle δ."
+    middle, rows = f'{b["coverage"]["delta"]:g}', []
+    for delta, m in b['max_box_acc'].items():
+        centre = c['max_box_acc'][delta]['value']
+        rows.append(Row(f'MaxBoxAcc δ={delta}', m['value'], m['tau'], _ci(m), centre))
+    v2, centre = b['max_box_acc_v2'], c['max_box_acc_v2']
+    rows.append(Row('MaxBoxAccV2', v2, None, b['v2_interval'], centre))
+    for k in tops:
+        m = b[f'top{k}_loc'][middle]
+        rows.append(Row(f'Top-{k} localization δ={middle}', m['value'], m['tau'], _ci(m)))
     return rows
 
+# %% ../../nbs/1_evaluation/09_report.ipynb #f4505efd
+def _corloc_rows(b, c):
+    "CorLoc at the fixed τ, over images and over classes, where it was counted."
+    d, found, rows = f'{b["coverage"]["delta"]:g}', b['corloc'] or {}, []
+    for how, of in (('image', ''), ('class', ', class average')):
+        if not found.get(how): continue
+        centre = c['corloc'][how][d]
+        rows.append(Row(f'CorLoc δ={d}{of}', found[how][d], found['tau'], None, centre))
+    return rows
+def _coverage_rows(b, c):
+    "How much of the object is inside the box, at the best τ of the middle δ and at τ=.5."
+    m, taus = b['coverage'], b['curve']['taus']
+    name, centre = f'object inside the box, at the τ of δ={m["delta"]:g}', c['coverage']['value']
+    rows = [Row(name, m['value'], m['tau'], None, centre)]
+    half = int(np.argmin(np.abs(np.array(taus) - .5)))
+    if abs(taus[half] - .5) >= 1e-6: return rows
+    inside, centre = b['curve']['coverage'][half], c['curve']['coverage'][half]
+    return [*rows, Row('object inside the box, at τ=.5', inside, taus[half], None, centre)]
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #71e69e84
 def _pixel_rows(p, c):
     "Rows of `PxAP.compute()` and that of the centre."
     f, ones = p['fixed'], p['all_ones']
     rows = [Row('PxAP', p['pxap']['value'], None, _ci(p['pxap']), c['pxap']['value'], ones['pxap'])]
-    rows += [Row(f'F1{s} (mean of {f[f"n_{k}"]} images)', f[f'f1_{k}'], f['tau'], None, c['fixed'][f'f1_{k}'], ones[f'f1_{k}']) for k, s in (('pos', '+'), ('neg', '−'))]
-    rows += [Row(f'F1{s} of all pixels', f[k], f['tau'], None, c['fixed'][k]) for k, s in (('dice', '+'), ('dice_background', '−'))]
-    return rows + [Row(f'best {n} of all pixels', p[k]['value'], p[k]['tau'], None, c[k]['value']) for k, n in (('dice', 'Dice'), ('miou', 'mIoU'))]
+    for k, sign in (('pos', '+'), ('neg', '−')):
+        name, key = f'F1{sign} (mean of {f[f"n_{k}"]} images)', f'f1_{k}'
+        rows.append(Row(name, f[key], f['tau'], None, c['fixed'][key], ones[key]))
+    for k, sign in (('dice', '+'), ('dice_background', '−')):
+        rows.append(Row(f'F1{sign} of all pixels', f[k], f['tau'], None, c['fixed'][k]))
+    for k, name in (('dice', 'Dice'), ('miou', 'mIoU')):
+        value, tau, centre = p[k]['value'], p[k]['tau'], c[k]['value']
+        rows.append(Row(f'best {name} of all pixels', value, tau, None, centre))
+    return rows
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #e74658c4
+def _rows(report):
+    "The lines of a report's table."
+    accuracy, rows = report.accuracy, []
+    if accuracy: rows.append(Row('accuracy', accuracy['top1']))
+    if report.boxes:
+        tops = [k for k in (1, 5) if accuracy and accuracy[f'top{k}'] is not None]
+        rows += _localization_rows(report.boxes, report.centre, tops)
+        rows += _corloc_rows(report.boxes, report.centre)
+        rows += _coverage_rows(report.boxes, report.centre)
+    if report.pixels and accuracy:
+        rows.append(Row('classification error', 100 - accuracy['top1']))
+    if report.pixels: rows += _pixel_rows(report.pixels, report.centre_pixels)
+    return rows
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #0ffcb148
+def _note(report):
+    "What was left out, and what a τ of the table is."
+    lines = [f"{k.replace('_', ' ')}: {v}" for k, v in report.counts.items() if v]
+    if report.boxes or report.pixels:
+        return [*lines, 'each τ is the best one for these images and their truth (oracle), '
+            'but those of CorLoc, F1 and τ=.5; the ledger has the others']
+    return [f"no image of split {report.protocol['split']!r} has a true box or mask: "
+        'there is nothing to localize against', *lines]
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #aa598675
+def _head(report):
+    "Which images were scored, and whose maps."
+    p = report.protocol
+    return f"{p['dataset']}/{p['split']}, {report.n} images, {p['localizer']}"
+
+def _text(report):
+    "The report as a text table."
+    lines = [_head(report), f'{"":<44}{"%":>10}{"τ":>10}{"95 %":>14}{"centre":>10}{"all ones":>10}']
+    for r in report.rows():
+        found = f'{_number(r.value):>10}{_number(r.tau, ".3f"):>10}{_range(r.interval):>14}'
+        lines.append(f'{r.name:<44}{found}{_number(r.centre):>10}{_number(r.ones):>10}')
+    lines += report.note()
+    if report.ledger: lines += ['', ledger_text(report.ledger)]
+    return '\n'.join(lines)
 
 # %% ../../nbs/1_evaluation/09_report.ipynb #bb034f6b
 @dataclass
 class Report:
-    "What was found on a split: protocol, classification, boxes, pixels, ledger, counts. Percentages throughout."
-    protocol: dict                     # dataset, split, localizer, target, preset, size, rules, supervision
-    n: int                             # images scored
-    accuracy: dict = None              # {'top1', 'top5'}, or None: not classified
-    boxes: dict = None                 # `BoxAcc.compute()`, or None: no true boxes
-    centre: dict = None                # the same for the centre baseline
-    pixels: dict = None                # `PxAP.compute()`, or None: no true masks
-    centre_pixels: dict = None         # the same for the centre baseline
+    "What was found on a split, in percent: protocol, classes, boxes, pixels, ledger, counts."
+    protocol: dict # dataset, split, localizer, target, preset, size, rules, supervision
+    n: int # images scored
+    accuracy: dict = None # {'top1', 'top5'}, or None: not classified
+    boxes: dict = None # `BoxAcc.compute()`, or None: no true boxes
+    centre: dict = None # the same for the centre baseline
+    pixels: dict = None # `PxAP.compute()`, or None: no true masks
+    centre_pixels: dict = None # the same for the centre baseline
     ledger: list = field(default_factory=list) # rows of `supervision_ledger`
-    taus: dict = None                  # the oracle summary, whose τs another split can be scored at
-    counts: dict = field(default_factory=dict) # images without a true box, empty maps, skipped images
+    taus: dict = None # the oracle summary, whose τs another split can be scored at
+    counts: dict = field(default_factory=dict) # images without a box, empty maps, skipped images
     seconds: float = 0.
     schema: int = 2
     images: pd.DataFrame = field(default=None, repr=False) # a row per image; not saved
 
     def rows(self)->list: # of `Row`
         "The table."
-        rows = [Row('accuracy', self.accuracy['top1'])] if self.accuracy else []
-        if self.boxes: rows += _box_rows(self.boxes, self.centre, [k for k in (1, 5) if self.accuracy and self.accuracy[f'top{k}'] is not None])
-        if self.pixels and self.accuracy: rows.append(Row('classification error', 100 - self.accuracy['top1']))
-        return rows + (_pixel_rows(self.pixels, self.centre_pixels) if self.pixels else [])
+        return _rows(self)
 
     def note(self):
         "What a reader must know beside the table."
-        lines = [f"{k.replace('_', ' ')}: {v}" for k, v in self.counts.items() if v]
-        if not self.boxes and not self.pixels: return [f"no image of split {self.protocol['split']!r} has a true box or mask: there is nothing to localize against", *lines]
-        return [*lines, 'each τ is the best one for these images and their truth (oracle), but those of CorLoc, F1 and τ=.5; the ledger has the others']
+        return _note(self)
 
-    def __str__(self):
-        p, cell = self.protocol, lambda v, f='.1f': format('' if v is None else format(v, f), '>10')
-        head = f"{p['dataset']}/{p['split']}, {self.n} images, {p['localizer']}"
-        lines = [f'{r.name:<44}{cell(r.value)}{cell(r.tau, ".3f")}{_range(r.interval):>14}{cell(r.centre)}{cell(r.ones)}' for r in self.rows()]
-        table = [head, f'{"":<44}{"%":>10}{"τ":>10}{"95 %":>14}{"centre":>10}{"all ones":>10}', *lines, *self.note()]
-        return '\n'.join(table + (['', ledger_text(self.ledger)] if self.ledger else []))
+    def __str__(self): return _text(self)
     __repr__ = __str__
 
 # %% ../../nbs/1_evaluation/09_report.ipynb #9a1b3685
@@ -138,28 +217,48 @@ def save(self:Report,
     path.write_text(json.dumps(self.to_dict(), indent=1), encoding='utf-8')
     return path
 
+# %% ../../nbs/1_evaluation/09_report.ipynb #5c95976a
 @patch(cls_method=True)
 def load(cls:Report,
     path, # a file that `save` wrote
 ):
     "Read a report back; the per-image table is not in it."
     d = json.loads(Path(path).read_text(encoding='utf-8'))
-    if d.get('schema') != 2: raise ValueError(f'{path}: expected a report of schema 2, got {d.get("schema")!r}')
+    schema = d.get('schema')
+    if schema != 2: raise ValueError(f'{path}: expected a report of schema 2, got {schema!r}')
     return cls(**d)
 
+# %% ../../nbs/1_evaluation/09_report.ipynb #7daeccb2
 def _html_table(head, rows, left=1):
     "An HTML table; the first `left` columns are text."
-    cell = lambda tag, i, c: f'<{tag} style="text-align:{"left" if i < left else "right"}">{html.escape(str(c))}</{tag}>'
-    line = lambda tag, cells: '<tr>' + ''.join(cell(tag, i, c) for i, c in enumerate(cells)) + '</tr>'
+    def line(tag, cells):
+        made = []
+        for i, c in enumerate(cells):
+            side = 'left' if i < left else 'right'
+            made.append(f'<{tag} style="text-align:{side}">{html.escape(str(c))}</{tag}>')
+        return f'<tr>{"".join(made)}</tr>'
     return f'<table>{line("th", head)}{"".join(line("td", r) for r in rows)}</table>'
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #b1106889
+def _score_table(report):
+    rows = []
+    for r in report.rows():
+        found = _number(r.value), _number(r.tau, '.3f'), _range(r.interval)
+        rows.append((r.name, *found, _number(r.centre), _number(r.ones)))
+    return _html_table(('', '%', 'τ', '95 %', 'centre box', 'all ones'), rows)
+
+# %% ../../nbs/1_evaluation/09_report.ipynb #742085eb
+def _ledger_table(ledger):
+    columns, rows = _columns(ledger), []
+    for r in ledger:
+        scores = (_number(r['scores'].get(c)) for c in columns)
+        rows.append((r['selection'], r['tau'], r['used'], *scores))
+    head = 'epoch selected by', 'τ from', 'annotations used beyond image labels', *columns
+    return _html_table(head, rows, left=3)
 
 @patch
 def _repr_html_(self:Report):
-    num = lambda v, f='.1f': '' if v is None else format(v, f)
-    rows = [(r.name, num(r.value), num(r.tau, '.3f'), _range(r.interval), num(r.centre), num(r.ones)) for r in self.rows()]
-    out = f'<b>{html.escape(str(self).split(chr(10))[0])}</b>' + _html_table(('', '%', 'τ', '95 %', 'centre box', 'all ones'), rows)
+    out = f'<b>{html.escape(_head(self))}</b>' + _score_table(self)
     out += ''.join(f'<div>{html.escape(l)}</div>' for l in self.note())
     if not self.ledger: return out
-    columns = _columns(self.ledger)
-    rows = [(r['selection'], r['tau'], r['used'], *(num(r['scores'].get(c)) for c in columns)) for r in self.ledger]
-    return out + '<b>Supervision ledger</b>' + _html_table(('epoch selected by', 'τ from', 'annotations used beyond image labels', *columns), rows, left=3)
+    return out + '<b>Supervision ledger</b>' + _ledger_table(self.ledger)

@@ -13,7 +13,34 @@ from ..metrics.boxes import BoxAcc, box_overlaps, centre_map, one_box
 from ..metrics.contours import BoxRules, level_boxes
 from ..metrics.pixels import PxAP
 
+# %% ../../nbs/1_evaluation/08_scorer.ipynb #21fc2655
+def _accumulators(boxed, masked, deltas, taus, fixed_tau, mask_tau, bootstrap):
+    "For each kind of truth the counts of what is scored, and those of the centre baseline."
+    accs = {}
+    if boxed:
+        accs['boxes'] = BoxAcc(deltas, taus, fixed_tau, bootstrap)
+        accs['centre'] = BoxAcc(deltas, taus, fixed_tau, 0)
+    if masked:
+        accs['boxes_px'] = PxAP(None, mask_tau, bootstrap)
+        accs['centre_px'] = PxAP(None, mask_tau, 0)
+    return accs
+
+# %% ../../nbs/1_evaluation/08_scorer.ipynb #ea51e0ee
+def _box_counts(scorer, found, boxes):
+    "Overlaps with the true boxes: of a map or a box, and of the centre."
+    if found.ndim > 1: own = level_boxes(found, scorer.taus, rules=scorer.rules)
+    else: own = one_box(found, scorer.accs['boxes'].taus)
+    return dict(boxes=box_overlaps(own, boxes), centre=box_overlaps(scorer.centre_boxes, boxes))
+
+def _pixel_counts(scorer, score_map, mask, image_id):
+    "Histograms over the mask: of a map, and of the centre."
+    own = scorer.accs['boxes_px'].measure(score_map, mask, image_id)
+    centre = scorer.accs['centre_px'].measure(scorer.centre_map, mask, image_id)
+    return dict(boxes_px=own, centre_px=centre)
+
 # %% ../../nbs/1_evaluation/08_scorer.ipynb #70f24962
+_TALLY = 'images', 'classified', 'top1', 'top5', 'no_box', 'no_mask', 'no_map', 'empty'
+
 class Scorer:
     "Counts box and pixel scores of images, beside the centre baseline."
     def __init__(self,
@@ -26,12 +53,10 @@ class Scorer:
         fixed_tau:float=.2, mask_tau:float=.5, # the fixed τ of boxes (CorLoc) and of masks (F1)
         bootstrap:int=0, # replicates for 95 % intervals
     ):
-        self.size, self.rules, self.first_box = size, rules, first_box
-        both = dict(boxes=bootstrap, centre=0)
-        self.accs = {k: BoxAcc(deltas, taus, fixed_tau, b) for k, b in both.items()} if boxed else {}
-        if masked: self.accs |= {f'{k}_px': PxAP(None, mask_tau, b) for k, b in both.items()}
-        self.tally = dict.fromkeys(('images', 'classified', 'top1', 'top5', 'no_box', 'no_mask', 'no_map', 'empty'), 0)
-        self.centre_map, self.taus = centre_map(size), taus
+        self.size, self.rules, self.first_box, self.taus = size, rules, first_box, taus
+        self.accs = _accumulators(boxed, masked, deltas, taus, fixed_tau, mask_tau, bootstrap)
+        self.tally = dict.fromkeys(_TALLY, 0)
+        self.centre_map = centre_map(size)
         self.centre_boxes = level_boxes(self.centre_map, taus, rules=rules)
 
     def look(self,
@@ -41,17 +66,27 @@ class Scorer:
         image_id=None, # for messages
     )->dict: # what each accumulator is to add
         "Measure one image."
-        found, out = np.asarray(found), {}
+        found, grid = np.asarray(found), (self.size, self.size)
         is_map, boxes = found.ndim > 1, boxes[:1] if self.first_box else boxes
-        if is_map and found.shape != (self.size, self.size): raise ValueError(f'map of {image_id}: expected shape {(self.size, self.size)}, got {found.shape}')
-        if 'boxes' in self.accs and len(boxes):
-            lb = level_boxes(found, self.taus, rules=self.rules) if is_map else one_box(found, self.accs['boxes'].taus)
-            out |= dict(boxes=box_overlaps(lb, boxes), centre=box_overlaps(self.centre_boxes, boxes))
+        if is_map and found.shape != grid:
+            raise ValueError(f'map of {image_id}: expected shape {grid}, got {found.shape}')
+        seen = dict(empty=is_map and not found.any(), no_map=not is_map)
+        seen |= dict(no_box=not len(boxes), no_mask=mask is None)
+        if 'boxes' in self.accs and len(boxes): seen |= _box_counts(self, found, boxes)
         if 'boxes_px' in self.accs and mask is not None and is_map:
-            out |= dict(boxes_px=self.accs['boxes_px'].measure(found, mask, image_id), centre_px=self.accs['centre_px'].measure(self.centre_map, mask, image_id))
-        return out | dict(empty=is_map and not found.any(), no_box=not len(boxes), no_mask=mask is None, no_map=not is_map)
+            seen |= _pixel_counts(self, found, mask, image_id)
+        return seen
 
 # %% ../../nbs/1_evaluation/08_scorer.ipynb #afb103a4
+def _add_up(tally, seen, right):
+    "Count the image, what it lacks, and whether its class was found."
+    tally['images'] += 1
+    for k in ('empty', 'no_box', 'no_mask', 'no_map'): tally[k] += bool(seen[k])
+    if right is None: return
+    tally['classified'] += 1
+    tally['top1'] += bool(right[0])
+    tally['top5'] += bool(right[1])
+
 @patch
 def count(self:Scorer,
     seen:dict, # from `look`
@@ -60,26 +95,31 @@ def count(self:Scorer,
     right=None, # (top-1 is right, among the top 5), or None: not classified
 )->dict: # {'f1_pos', 'f1_neg'} where there is a mask
     "Add one image."
-    t = self.tally
-    t['images'] += 1
-    for k in ('empty', 'no_box', 'no_mask', 'no_map'): t[k] += bool(seen[k])
-    if right is not None: t['classified'] += 1; t['top1'] += bool(right[0]); t['top5'] += bool(right[1])
+    _add_up(self.tally, seen, right)
+    top1, top5 = right or (False, False)
     for k in ('boxes', 'centre'):
-        if k in seen: self.accs[k].update(seen[k], *(right or (False, False)), label, image_id)
+        if k in seen: self.accs[k].update(seen[k], top1, top5, label, image_id)
     if 'boxes_px' not in seen: return {}
     self.accs['centre_px'].add(seen['centre_px'], image_id)
-    return dict(zip(('f1_pos', 'f1_neg'), self.accs['boxes_px'].add(seen['boxes_px'], image_id)))
+    f1 = self.accs['boxes_px'].add(seen['boxes_px'], image_id)
+    return dict(zip(('f1_pos', 'f1_neg'), f1))
 
+# %% ../../nbs/1_evaluation/08_scorer.ipynb #3c20e5e6
 @patch
 def state(self:Scorer)->dict: # {name: int64 array}
     "Everything counted, to be stored or sent."
-    return {'tally': np.array(list(self.tally.values()))} | {f'{a}.{k}': v for a, acc in self.accs.items() for k, v in acc.state().items()}
+    counted = {'tally': np.array(list(self.tally.values()))}
+    for a, acc in self.accs.items():
+        counted |= {f'{a}.{k}': v for k, v in acc.state().items()}
+    return counted
 
 @patch
 def load_state(self:Scorer, state):
     "Go on from a `state`."
     self.tally = dict(zip(self.tally, map(int, state['tally']), strict=True))
-    for a, acc in self.accs.items(): acc.load_state({k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{a}.')})
+    for a, acc in self.accs.items():
+        own = {k.split('.', 1)[1]: v for k, v in state.items() if k.startswith(f'{a}.')}
+        acc.load_state(own)
     return self
 
 # %% ../../nbs/1_evaluation/08_scorer.ipynb #a3b62e8f
@@ -87,15 +127,22 @@ def load_state(self:Scorer, state):
 def merge(self:Scorer, other):
     "Add what another scorer has counted."
     for k in ('size', 'rules', 'first_box'):
-        if getattr(self, k) != getattr(other, k): raise ValueError(f'other: scored with {k}={getattr(other, k)}, this one with {k}={getattr(self, k)}')
-    if self.accs.keys() != other.accs.keys(): raise ValueError(f'other: has counts of {", ".join(other.accs)}, this one of {", ".join(self.accs)}')
+        own, its = getattr(self, k), getattr(other, k)
+        if own != its: raise ValueError(f'other: scored with {k}={its}, this one with {k}={own}')
+    if self.accs.keys() != other.accs.keys():
+        own, its = ', '.join(self.accs), ', '.join(other.accs)
+        raise ValueError(f'other: has counts of {its}, this one of {own}')
     for k, v in other.tally.items(): self.tally[k] += v
     for a, acc in self.accs.items(): acc.merge(other.accs[a])
     return self
+
+# %% ../../nbs/1_evaluation/08_scorer.ipynb #e3c3d481
+def _fixed(acc): return acc.fixed if isinstance(acc, BoxAcc) else acc.tau
 
 @patch
 def summary(self:Scorer, taus=None):
     "Box and mask scores at their best τ, at those of another summary, or at the fixed τs."
     own = {a: acc for a, acc in self.accs.items() if not a.startswith('centre') and acc.n}
-    if taus == 'fixed': taus = {a: acc.fixed if a == 'boxes' else acc.tau for a, acc in own.items()}
-    return {a: acc.summary(None if taus is None else taus[a]) for a, acc in own.items() if taus is None or taus.get(a) is not None} # what the other lacks stays blank
+    if taus is None: return {a: acc.summary() for a, acc in own.items()}
+    if taus == 'fixed': taus = {a: _fixed(acc) for a, acc in own.items()}
+    return {a: acc.summary(taus[a]) for a, acc in own.items() if taus.get(a) is not None}

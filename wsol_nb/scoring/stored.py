@@ -18,13 +18,36 @@ import wsol_nb
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from ..registry import did_you_mean
 from ..core import whole_file
 from ..data.stores import MapStore, Truth
 from ..localize.maps import reference_score_map
+from ..registry import did_you_mean
 from .loop import make_report
 from .report import Report
 from .scorer import Scorer
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #c0ad84ef
+def _map_files(store, ids, split):
+    "The file of each image's map; a ValueError where one has none, or two have the same."
+    files = {i: store.find(i) for i in ids}
+    lost = [i for i, f in files.items() if f is None]
+    if lost:
+        some = ', '.join(map(repr, lost[:5])) + (' …' if len(lost) > 5 else '')
+        raise ValueError(f'{len(lost)} of {len(ids)} images of {split!r} have no map in '
+            f'{store.root}: {some}')
+    files = pd.Series({i: str(f) for i, f in files.items()})
+    again = files[files.duplicated()]
+    if len(again):
+        both = files.index[files.duplicated(keep=False)][:2].tolist()
+        raise ValueError(f'{both} have one map file, {again.iloc[0]}')
+    return files
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #c46cf8a7
+def _no_ones_map(store, known):
+    "Files in the folder that are not `known`, relative to it; hidden ones do not count."
+    strange = sorted(set(map(str, store.root.rglob('*.npy'))) - known)
+    strange = [Path(f).relative_to(store.root).as_posix() for f in strange]
+    return [f for f in strange if not Path(f).name.startswith('.')]
 
 # %% ../../nbs/1_evaluation/12_stored.ipynb #6799695a
 def check_maps(
@@ -35,16 +58,30 @@ def check_maps(
     "A ValueError that names images of the split without a map, and files that are no image's map."
     ids = df.image_id[df.split == split]
     if not store.root.is_dir(): raise ValueError(f'maps={str(store.root)!r} is not a folder')
-    if ids.duplicated().any(): raise ValueError(f'{split}: {int(ids.duplicated().sum())} image ids stand there twice, {ids[ids.duplicated()].iloc[0]!r} first')
-    files = {i: store.find(i) for i in ids}
-    lost = [i for i, f in files.items() if f is None]
-    if lost: raise ValueError(f'{len(lost)} of {len(ids)} images of {split!r} have no map in {store.root}: {", ".join(map(repr, lost[:5]))}{" …" if len(lost) > 5 else ""}')
-    shared = pd.Series({i: str(f) for i, f in files.items()})
-    if shared.duplicated().any(): raise ValueError(f'{shared[shared.duplicated(keep=False)].index[:2].tolist()} have one map file, {shared[shared.duplicated()].iloc[0]}')
-    known = set(shared) | {str(f) for i in df.image_id[df.split != split] if (f := store.find(i))}
-    strange = sorted(set(map(str, store.root.rglob('*.npy'))) - known)
-    strange = [Path(f).relative_to(store.root).as_posix() for f in strange if not Path(f).name.startswith('.')]
-    if strange: raise ValueError(f'{len(strange)} maps in {store.root} belong to no image of the dataset: {strange[0]!r}; {did_you_mean(strange[0], (f"{i}.npy" for i in ids))}')
+    again = ids[ids.duplicated()].tolist()
+    if again: raise ValueError(f'{split}: {len(again)} image ids stand there twice, '
+        f'{again[0]!r} first')
+    known = set(_map_files(store, ids, split))
+    others = (store.find(i) for i in df.image_id[df.split != split])
+    strange = _no_ones_map(store, known | {str(f) for f in others if f})
+    if strange:
+        near = did_you_mean(strange[0], (f'{i}.npy' for i in ids))
+        raise ValueError(f'{len(strange)} maps in {store.root} belong to no image of the dataset: '
+            f'{strange[0]!r}; {near}')
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #3d873863
+def _read_state(path):
+    "The arrays of a journal."
+    try:
+        with np.load(path) as z: return dict(z)
+    except (OSError, EOFError, ValueError, BadZipFile) as e:
+        raise ValueError(f'{path}: is damaged ({e}); delete it to start anew') from None
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #0bc7f258
+def _fingerprint(what):
+    "32 bytes that are others where any of the plain values is another."
+    text = json.dumps(what, sort_keys=True)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
 
 # %% ../../nbs/1_evaluation/12_stored.ipynb #7c468eee
 class Journal:
@@ -55,15 +92,15 @@ class Journal:
         every:float=10., # seconds between writes
     ):
         self.path, self.every, self.last = Path(path) if path else None, every, time.time()
-        self.print = np.frombuffer(hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest(), np.uint8)
+        self.print = _fingerprint(what)
 
     def load(self, scorer)->int: # images done
         "Put the state back; 0 where there is none."
         if self.path is None or not self.path.is_file(): return 0
-        try:
-            with np.load(self.path) as z: state = dict(z)
-        except (OSError, EOFError, ValueError, BadZipFile) as e: raise ValueError(f'{self.path}: is damaged ({e}); delete it to start anew') from None
-        if not np.array_equal(state.pop('print'), self.print): raise ValueError(f'{self.path}: was counted on other data or with other settings; delete it, or choose another folder for the result')
+        state = _read_state(self.path)
+        if not np.array_equal(state.pop('print'), self.print):
+            raise ValueError(f'{self.path}: was counted on other data or with other settings; '
+                'delete it, or choose another folder for the result')
         scorer.load_state(state)
         return scorer.tally['images']
 
@@ -82,10 +119,35 @@ class Journal:
 
 # %% ../../nbs/1_evaluation/12_stored.ipynb #918354fb
 def _what(store, truth, **settings):
-    "What must be the same for a journal to go on: the version, the settings, rows and boxes, size and time of each map file."
+    "The version, the settings, rows and boxes, size and time of each map file."
     files = [store.find(i).stat() for i in truth.df.image_id]
-    return dict(version=wsol_nb.__version__, maps=str(store.root.resolve()), files=[(f.st_size, f.st_mtime_ns) for f in files], boxes=[b.tolist() for b in truth.boxes],
-                rows=truth.df[['image_id', 'label', 'mask', 'ignore']].values.tolist(), **settings)
+    rows = truth.df[['image_id', 'label', 'mask', 'ignore']].values.tolist()
+    return dict(version=wsol_nb.__version__, maps=str(store.root.resolve()),
+        files=[(f.st_size, f.st_mtime_ns) for f in files],
+        boxes=[b.tolist() for b in truth.boxes], rows=rows, **settings)
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #c44435ee
+def _plain(options):
+    "Options as JSON can hold them."
+    return {k: asdict(v) if is_dataclass(v) else np.asarray(v).tolist() for k, v in options.items()}
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #8d4792e4
+def _look(i, store, truth, scorer):
+    "Read and measure the map of image `i`; threads do that."
+    image_id, mask = truth.df.image_id[i], truth.mask(i) if truth.n_masked else None
+    score_map = store.load(image_id).astype(np.float64)
+    return scorer.look(score_map, truth.boxes[i], mask, image_id)
+
+# %% ../../nbs/1_evaluation/12_stored.ipynb #44ee5974
+def _score_from(done, store, truth, classes, scorer, book, n_threads, progress):
+    "Score the images after the first `done`, and keep the journal."
+    blocks = np.split(np.arange(done, len(truth)), range(16, len(truth) - done, 16))
+    def look(i): return _look(i, store, truth, scorer)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for block in progress_bar(blocks, leave=False) if progress else blocks:
+            for i, seen in zip(block, pool.map(look, block)):
+                scorer.count(seen, truth.df.image_id[i], int(classes[i]))
+            book.save(scorer)
 
 # %% ../../nbs/1_evaluation/12_stored.ipynb #9a2a0f96
 @delegates(Scorer, but=['boxed', 'masked'])
@@ -106,24 +168,20 @@ def score_maps(
 )->Report:
     "Score stored maps of the true classes, as `evaluate` scores a localizer's."
     start, store = time.time(), maps if isinstance(maps, MapStore) else MapStore(maps)
-    if split not in set(df.split): raise ValueError(f'split={split!r}: {did_you_mean(split, df.split.unique())}')
+    if split not in set(df.split):
+        raise ValueError(f'split={split!r}: {did_you_mean(split, df.split.unique())}')
     check_maps(store, df, split)
     truth = Truth(df[df.split == split], size)
     scorer = Scorer(size, truth.n_boxed > 0, truth.n_masked > 0, bootstrap=bootstrap, **kwargs)
-    what = _what(store, truth, split=split, size=size, bootstrap=bootstrap, options={k: asdict(v) if is_dataclass(v) else np.asarray(v).tolist() for k, v in kwargs.items()})
-    book = Journal(journal, what, every)
+    settings = dict(split=split, size=size, bootstrap=bootstrap, options=_plain(kwargs))
+    book = Journal(journal, _what(store, truth, **settings), every)
     done, classes = book.load(scorer), np.searchsorted(np.unique(df.label), truth.df.label)
     if done: print(f'{done} of {len(truth)} maps were scored before')
-    def look(i):
-        image_id = truth.df.image_id[i]
-        return i, scorer.look(store.load(image_id).astype(np.float64), truth.boxes[i], truth.mask(i) if truth.n_masked else None, image_id)
-    blocks = np.split(np.arange(done, len(truth)), range(16, len(truth) - done, 16))
-    with ThreadPoolExecutor(n_threads) as pool:
-        for block in progress_bar(blocks, leave=False) if progress else blocks:
-            for i, seen in pool.map(look, block): scorer.count(seen, truth.df.image_id[i], int(classes[i]))
-            book.save(scorer)
-    protocol = dict(dataset=dataset, split=split, localizer=name, target='as stored', preset='as stored', size=size)
-    carried = (tau_from.protocol['split'], tau_from.taus) if tau_from is not None and tau_from.taus else None
+    _score_from(done, store, truth, classes, scorer, book, n_threads, progress)
+    protocol = dict(dataset=dataset, split=split, localizer=name, target='as stored',
+        preset='as stored', size=size)
+    carried = None
+    if tau_from is not None and tau_from.taus: carried = tau_from.protocol['split'], tau_from.taus
     report = make_report(scorer, protocol, carried=carried, seconds=time.time() - start)
     book.close()
     return report
@@ -141,9 +199,11 @@ def write_maps(
 )->MapStore:
     "Write the score maps of the true classes of a split."
     store, part = maps if isinstance(maps, MapStore) else MapStore(maps), dls.localizable(split)
-    ids = part.df.image_id
+    ids, size, preset = part.df.image_id, size or part.size, preset or localizer.preset
     part.order = np.array([i for i in range(len(part)) if ids[i] not in store], int)
     n = -(-len(part)//part.bs)
     for b in progress_bar(part, total=n, leave=False) if progress and n else part:
-        for raw, i in zip(localizer.raw(b.x, b.y).cpu().numpy(), b.rows): store.save(ids[i], reference_score_map(raw, size or part.size, preset or localizer.preset), dtype)
+        maps = localizer.raw(b.x, b.y).cpu().numpy()
+        for raw, i in zip(maps, b.rows):
+            store.save(ids[i], reference_score_map(raw, size, preset), dtype)
     return store
