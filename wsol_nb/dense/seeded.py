@@ -167,9 +167,9 @@ class SeededMaps(_Seeding):
     "What all methods share that train a decoder on seeds; each adds its loss terms."
     widths: list = field(default_factory=lambda: [96, 64, 48, 32]) # of the decoder
     loss_stride: int = 2 # side of the image over that of the trained map; 1: full resolution
-    defaults = Method.defaults | dict(
-        arch=None, stride=None, pretrained=False, opt='adam', epochs=12, lr=2e-3, lr_head=2e-3,
-        wd=0., bs=25, resize='size') # flips only
+    defaults = Method.defaults | dict( # flips only
+        arch=None, stride=None, pretrained=False, opt='adam', wd=0., epochs=12, bs=25,
+        lr=2e-3, lr_head=2e-3, resize='size')
 
     def model(self, arch, n_classes, **kw):
         classifier = method_from_dict(self.classifier).model(arch, n_classes, **kw)
