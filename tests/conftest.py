@@ -5,7 +5,7 @@ import pytest
 
 from wsol_nb.core import set_seed  # first: lets timm be imported beside a CUDA torchvision
 
-root = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite('helpers')
 
 
 @pytest.fixture(autouse=True)

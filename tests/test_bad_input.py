@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import raises
 from PIL import Image
 
 from wsol_nb.core import BadImage, read_image
@@ -35,9 +36,9 @@ def copy(world, tmp_path):
     return tmp_path/'w', edit
 
 
-def raises(message, f, *args, error=ValueError, **kwargs):
-    with pytest.raises(error) as e: f(*args, **kwargs)
-    assert message in str(e.value), f'{message!r} is not in: {e.value}'
+def load(root, **kw):
+    "Loaders of the world, which must refuse what is wrong with it."
+    return WSOLDataLoaders.from_metadata(root, 'SYNTH', **dict(size=64) | kw)
 
 
 def test_short_row(copy):
@@ -59,7 +60,9 @@ def test_label_is_no_number(copy):
     raises("val/class_labels.txt line 1: expected whole numbers, got 'owl'", read_metadata, root, 'SYNTH')
 
 
-@pytest.mark.parametrize('box, message', [('5,5,900,20', 'lies outside its image of'), ('-1,5,9,20', 'lies outside its image of'), ('50,5,9,20', 'is reversed')])
+@pytest.mark.parametrize('box, message', [('5,5,900,20', 'lies outside its image of'),
+                                          ('-1,5,9,20', 'lies outside its image of'),
+                                          ('50,5,9,20', 'is reversed')])
 def test_boxes(copy, box, message):
     root, edit = copy
     edit('test', 'localization', lambda ls: [ls[0].split(',')[0] + ',' + box, *ls[1:]])
@@ -74,13 +77,14 @@ def test_missing_and_truncated_images_are_named_counted_and_skipped(copy, capsys
     df = read_metadata(root, 'SYNTH')
     train = df[df.split == 'train']
     gone, cut = Path(train.path.iloc[0]), Path(train.path.iloc[5])
-    gone.unlink(); cut.write_bytes(cut.read_bytes()[:400])
-    raises('2 problems', WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
-    raises(cut.name, WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
-    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64, skip_bad=True)
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:400])
+    raises('2 problems', load, root, check=True)
+    raises(cut.name, load, root, check=True)
+    dls = load(root, skip_bad=True)
     assert len(dls.train_ds) == len(train) - 2 and set(dls.skipped.path) == {str(gone), str(cut)}
     assert 'skipped 2 of' in capsys.readouterr().out
-    unchecked = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64)
+    unchecked = load(root)
     with pytest.raises(BadImage, match=gone.name): [unchecked.train_ds[i] for i in range(len(train))]
 
 
@@ -88,21 +92,22 @@ def test_skipped_images_stand_in_the_report(copy):
     root, _ = copy
     df = read_metadata(root, 'SYNTH')
     Path(df[df.split == 'test'].path.iloc[2]).unlink()
-    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64, bs=8, skip_bad=True)
+    dls = load(root, bs=8, skip_bad=True)
     r = evaluate(HeadMaps(wsol_model('resnet10t', dls.c, stride=16)), dls, 'test', progress=False)
     assert r.n == 15 and r.counts['skipped_images'] == 1 and 'skipped images: 1' in str(r)
 
 
 def test_empty_split(copy):
     root, edit = copy
-    for f in ('image_ids', 'class_labels', 'image_sizes', 'localization', 'masks', 'parts'): edit('val', f, lambda ls: [])
+    for file in ('image_ids', 'class_labels', 'image_sizes', 'localization', 'masks', 'parts'):
+        edit('val', file, lambda ls: [])
     raises("split 'val' of SYNTH is empty", read_metadata, root, 'SYNTH')
 
 
 def test_split_with_unseen_classes(copy):
     root, edit = copy
     edit('test', 'class_labels', lambda ls: [ls[0].rsplit(',', 1)[0] + ',77', *ls[1:]])
-    raises("split 'test' has classes [77] that are not in 'train'", WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64)
+    raises("split 'test' has classes [77] that are not in 'train'", load, root)
 
 
 def test_duplicate_and_unknown_ids(copy):
@@ -116,26 +121,28 @@ def test_duplicate_and_unknown_ids(copy):
 def test_test_images_in_train(world):
     df = read_metadata(world, 'SYNTH')
     leak = df[df.split == 'train'].head(1).assign(split='test')
-    assert 'the test would not be honest' in check_manifest(pd.concat([df, leak], ignore_index=True), images=False).problem.iloc[-1]
+    problems = check_manifest(pd.concat([df, leak], ignore_index=True), images=False).problem
+    assert 'the test would not be honest' in problems.iloc[-1]
 
 
 def test_boxes_without_sizes(copy):
     root, edit = copy
     edit('test', 'image_sizes', lambda ls: [])
-    dls = WSOLDataLoaders.from_metadata(root, 'SYNTH', size=64)
+    dls = load(root)
     raises('the size of its original image is not known', dls.localizable, 'test')
-    raises('the size of the original image is not known', WSOLDataLoaders.from_metadata, root, 'SYNTH', size=64, check=True)
+    raises('the size of the original image is not known', load, root, check=True)
 
 
 def test_swapped_sizes(copy):
     root, edit = copy
-    edit('test', 'image_sizes', lambda ls: [','.join([p, '5000', '900']) for p, _, _ in (l.split(',') for l in ls)])
+    edit('test', 'image_sizes', lambda ls: [l.split(',')[0] + ',5000,900' for l in ls])
     assert check_manifest(read_metadata(root, 'SYNTH')).problem.str.contains('has another shape').sum() == 16
 
 
 def test_folder_with_odd_splits(tmp_path):
     for d in ('Train/a', 'Test/a', 'extra/a'):
-        (tmp_path/d).mkdir(parents=True); Image.new('RGB', (4, 4)).save(tmp_path/d/'1.jpg')
+        (tmp_path/d).mkdir(parents=True)
+        Image.new('RGB', (4, 4)).save(tmp_path/d/'1.jpg')
     raises('Test, Train look like splits, but what is extra beside them?', folder_manifest, tmp_path)
     shutil.rmtree(tmp_path/'extra')
     assert sorted(folder_manifest(tmp_path).split) == ['test', 'train']
@@ -149,14 +156,16 @@ def test_a_new_image_moves_no_other(tmp_path):
     assert (folder_manifest(tmp_path).set_index('image_id').split[before.index] == before).all()
 
 
-def test_manifest_columns(): raises('mask, ignore missing', check_manifest, pd.DataFrame(columns=['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height', 'boxes']))
+def test_manifest_columns():
+    columns = ['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height', 'boxes']
+    raises('mask, ignore missing', check_manifest, pd.DataFrame(columns=columns))
 
 
 def test_loaders(world):
     raises("dataset='SINTH': not in", WSOLDataLoaders.from_metadata, world, 'SINTH')
-    raises("valid='dev': there is no such split", WSOLDataLoaders.from_metadata, world, 'SYNTH', size=64, valid='dev')
-    raises('expected 0 < size <= resize', WSOLDataLoaders.from_metadata, world, 'SYNTH', size=64, resize=32)
-    raises("split='tests'", WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64).localizable, 'tests')
+    raises("valid='dev': there is no such split", load, world, valid='dev')
+    raises('expected 0 < size <= resize', load, world, resize=32)
+    raises("split='tests'", load(world).localizable, 'tests')
 
 
 def test_folder(tmp_path):
@@ -178,7 +187,8 @@ def test_world():
     raises('object_size', ObjectsWorld, object_size=(.9, .2))
 
 
-def test_world_is_not_overwritten(world): raises('overwrite', write_world, world, n_train=8, n_val=8, n_test=8, progress=False)
+def test_world_is_not_overwritten(world):
+    raises('overwrite', write_world, world, n_train=8, n_val=8, n_test=8, progress=False)
 
 
 def test_models(tmp_path):
@@ -202,7 +212,8 @@ def test_weights_folder(tmp_path, monkeypatch):
     raises('several files for resnet10t', wsol_model, 'resnet10t', 3, pretrained=True)
     (tmp_path/'resnet10t-b.pth').unlink()
     body = torch.load(tmp_path/'resnet10t-a.pth', weights_only=True)
-    assert torch.equal(wsol_model('resnet10t', 3, pretrained=True, verbose=False).body.state_dict()['conv1.0.weight'], body['conv1.0.weight'])
+    model = wsol_model('resnet10t', 3, pretrained=True, verbose=False)
+    assert torch.equal(model.body.state_dict()['conv1.0.weight'], body['conv1.0.weight'])
 
 
 def test_targets(world):
@@ -223,10 +234,11 @@ def test_maps_and_boxes(tmp_path):
 
 
 def test_learner(world, tmp_path):
-    dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64)
+    dls = load(world)
     raises("expected an instance of Method", wsol_learner, dls, 'resnet10t', method='gap', error=TypeError)
     raises('no run is saved there', load_run, tmp_path)
     many = dls.info.manifest.assign(labels=[(0, 1)]*len(dls.info.manifest))
     several = WSOLDataLoaders.from_manifest(many, size=64)
     assert several.train_ds[0][1].tolist() == [1, 1]
-    raises("trains on one class an image (targets='single'), but these data have several", wsol_learner, several, 'resnet10t')
+    message = "trains on one class an image (targets='single'), but these data have several"
+    raises(message, wsol_learner, several, 'resnet10t')

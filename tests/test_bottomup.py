@@ -4,6 +4,7 @@ import json
 import onnxruntime
 import pytest
 import torch
+from helpers import fit_quietly, raises, same
 
 from wsol_nb.methods.pooling import BOTTOM_UP, LSE, SPN, WILDCAT, DeepMIL, TopK
 from wsol_nb.data.loaders import WSOLDataLoaders
@@ -23,12 +24,9 @@ METHODS = {m.__name__: m for m in BOTTOM_UP}
 each = pytest.mark.parametrize('name', METHODS)
 
 
-def small(name, **kw): return METHODS[name](**({'width': 16} if name == 'SPN' else {}), **kw)
-
-
-def raises(message, f, *args, error=ValueError, **kwargs):
-    with pytest.raises(error) as e: f(*args, **kwargs)
-    assert message in str(e.value), f'{message!r} is not in: {e.value}'
+def small(name, **kw):
+    "The method, with a narrow head where its own is wide."
+    return METHODS[name](**(dict(width=16) if name == 'SPN' else {}), **kw)
 
 
 def test_methods_and_heads_are_the_same_family():
@@ -46,11 +44,15 @@ def test_name_and_fields_come_back(name):
 def test_fields_reach_the_head():
     head = WILDCAT(modalities=3, kmax=2, kmin=1, alpha=.5, halve=True).head()(4, 5)
     assert (head.modalities, head.kmax, head.kmin, head.alpha, head.halve) == (3, 2, 1, .5, True)
-    assert LSE(r=3.).head()(4, 5).r == 3 and DeepMIL(gated=True).head()(4, 5).U is not None and SPN(width=6).head()(4, 5).conv.out_channels == 6
+    assert LSE(r=3.).head()(4, 5).r == 3 and DeepMIL(gated=True).head()(4, 5).U is not None
+    assert SPN(width=6).head()(4, 5).conv.out_channels == 6
+
+
+LABELS = [('single', [0, 1, 1, 0]), ('multi', [[1., 0], [1, 1], [0, 0], [0, 1]]), ('bag', [0, 1, 1, 0])]
 
 
 @each
-@pytest.mark.parametrize('targets, y', [('single', [0, 1, 1, 0]), ('multi', [[1., 0], [1, 1], [0, 0], [0, 1]]), ('bag', [0, 1, 1, 0])], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('targets, y', LABELS, ids=lambda v: v if isinstance(v, str) else '')
 def test_training_reaches_every_weight(name, targets, y):
     method = small(name, targets=targets)
     model = method.model('test_resnet', 2, stride=16, verbose=False).train()
@@ -67,13 +69,17 @@ def test_training_reaches_every_weight(name, targets, y):
 def test_with_plain_fastai_loaders(world, tmp_path, name, several):
     "The model and loss of a method also serve a DataBlock, with CategoryBlock or MultiCategoryBlock."
     from wsol_nb.data.metadata import read_metadata
-    df = read_metadata(world, 'SYNTH', 'train').iloc[:16].assign(names=lambda d: d.class_name + ('|thing' if several else ''))
-    block = DataBlock((ImageBlock, MultiCategoryBlock if several else CategoryBlock), get_x=ColReader('path'), get_y=ColReader('names', label_delim='|' if several else None),
-                      splitter=lambda d: (list(range(12)), list(range(12, 16))), item_tfms=Resize(64))
+    df = read_metadata(world, 'SYNTH', 'train').iloc[:16]
+    df = df.assign(names=df.class_name + ('|thing' if several else ''))
+    labels = MultiCategoryBlock if several else CategoryBlock
+    block = DataBlock((ImageBlock, labels), item_tfms=Resize(64), get_x=ColReader('path'),
+                      get_y=ColReader('names', label_delim='|' if several else None),
+                      splitter=lambda d: (list(range(12)), list(range(12, 16))))
     dls = block.dataloaders(df, bs=4, num_workers=0)
     method = small(name, targets='multi' if several else 'single')
-    learn = Learner(dls, method.model('test_resnet', dls.c, stride=16, verbose=False), loss_func=method.loss(), splitter=method.param_groups, path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    model = method.model('test_resnet', dls.c, stride=16, verbose=False)
+    learn = Learner(dls, model, loss_func=method.loss(), splitter=method.param_groups, path=tmp_path)
+    fit_quietly(learn)
     assert torch.isfinite(torch.tensor(learn.recorder.values[0])).all()
     x = dls.valid.one_batch()[0]
     assert HeadMaps(learn.model)(torch.Tensor(x)).shape == (4, 64, 64)
@@ -82,7 +88,8 @@ def test_with_plain_fastai_loaders(world, tmp_path, name, several):
 @each
 def test_saved_and_loaded(world, tmp_path, name):
     dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8)
-    learn = wsol_learner(dls, 'test_resnet', small(name), stride=16, localization=False, path=tmp_path, verbose=False)
+    learn = wsol_learner(dls, 'test_resnet', small(name), stride=16, localization=False, path=tmp_path,
+                         verbose=False)
     run, x = load_run(save_run(learn, tmp_path/'run')), torch.rand(2, 3, 64, 64)
     assert run.method == learn.method
     assert torch.equal(run.localizer()(x), learn.localizer()(x))
@@ -96,18 +103,29 @@ def with_two_classes(world):
 
 
 def test_labels_that_do_not_fit_the_method(world):
-    one, several = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8), with_two_classes(world)
-    raises("method=WILDCAT: trains on one class an image (targets='single'), but these data have several", wsol_learner, several, 'test_resnet', WILDCAT())
-    raises("method=WILDCAT: trains on several classes an image (targets='multi'), but these data have one", wsol_learner, one, 'test_resnet', WILDCAT(targets='multi'))
-    raises('n_classes=8: a bag is negative (class 0) or positive (class 1)', wsol_learner, one, 'test_resnet', DeepMIL(targets='bag'))
+    one = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8)
+    several = with_two_classes(world)
+    message = "method=WILDCAT: trains on one class an image (targets='single'), but these data have several"
+    raises(message, wsol_learner, several, 'test_resnet', WILDCAT())
+    message = "method=WILDCAT: trains on several classes an image (targets='multi'), but these data have one"
+    raises(message, wsol_learner, one, 'test_resnet', WILDCAT(targets='multi'))
+    message = 'n_classes=8: a bag is negative (class 0) or positive (class 1)'
+    raises(message, wsol_learner, one, 'test_resnet', DeepMIL(targets='bag'))
     learn = wsol_learner(several, 'test_resnet', WILDCAT(targets='multi'), stride=16, verbose=False)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    fit_quietly(learn)
     assert learn.recorder.values[0][0] > 0
 
 
 @pytest.mark.parametrize('method, message', [
-    (LSE(r=0), 'r=0'), (LSE(r=-1.), 'r=-1.0'), (WILDCAT(kmin=0), 'there is no minimum term to weigh'), (WILDCAT(modalities=0), 'modalities=0'),
-    (TopK(k=0), 'k=0'), (TopK(k=1.5), 'k=1.5'), (DeepMIL(maps='both'), "maps='both'"), (SPN(dropout=1.), 'dropout=1.0')], ids=lambda v: v if isinstance(v, str) else '')
+    (LSE(r=0), 'r=0'),
+    (LSE(r=-1.), 'r=-1.0'),
+    (WILDCAT(kmin=0), 'there is no minimum term to weigh'),
+    (WILDCAT(modalities=0), 'modalities=0'),
+    (TopK(k=0), 'k=0'),
+    (TopK(k=1.5), 'k=1.5'),
+    (DeepMIL(maps='both'), "maps='both'"),
+    (SPN(dropout=1.), 'dropout=1.0'),
+], ids=lambda v: v if isinstance(v, str) else '')
 def test_bad_hyper_parameters(method, message): raises(message, method.model, 'test_resnet', 3)
 
 
@@ -118,7 +136,8 @@ def test_more_cells_than_the_map_has():
 
 
 @pytest.mark.parametrize('name', HEADS)
-def test_tokens_are_refused(name): raises('needs (B,K,h,w), got (2, 197, 192)', HEADS[name](192, 3), torch.rand(2, 197, 192))
+def test_tokens_are_refused(name):
+    raises('needs (B,K,h,w), got (2, 197, 192)', HEADS[name](192, 3), torch.rand(2, 197, 192))
 
 
 def test_peaks_of_nan_maps_do_not_crash():
@@ -137,8 +156,10 @@ def test_exported_model_gives_the_same_maps(tmp_path, name):
     for n in (1, 3):
         x = torch.rand(n, 3, 64, 96)
         with torch.no_grad(): expected = model.forward_maps(x)
-        for got in (program.module()(x), map(torch.from_numpy, session.run(['logits', 'maps'], {'images': x.numpy()}))):
-            for g, e in zip(got, expected, strict=True): assert g.shape == e.shape and (g - e).abs().max() <= 1e-4
+        exported = program.module()(x)
+        run = map(torch.from_numpy, session.run(['logits', 'maps'], {'images': x.numpy()}))
+        for found in (exported, run):
+            for got, want in zip(found, expected, strict=True): same(got, want, 1e-4)
 
 
 @pytest.mark.parametrize('arch', ['wsol_vgg16', 'wsol_resnet50', 'wsol_inception_v3'])
@@ -152,5 +173,8 @@ def test_reference_learning_rates(world, tmp_path, arch):
     names = {id(p): n for n, p in learn.model.named_parameters()}
     body, late = ({names[id(p)] for p in g} for g in learn.opt.param_lists)
     assert body | late == set(names.values()) and not body & late
-    assert all(n.startswith(('head.', 'neck.', 'body.layer4.')) for n in late) and not any(n.startswith(('head.', 'neck.')) for n in body)
-    assert any(n.startswith('body.layer4.') for n in late) == (arch == 'wsol_resnet50') and any(n.startswith('neck.') for n in late) == (arch != 'wsol_resnet50')
+    heads, layer4 = ('head.', 'neck.'), 'body.layer4.'
+    assert all(n.startswith((*heads, layer4)) for n in late)
+    assert not any(n.startswith(heads) for n in body)
+    assert any(n.startswith(layer4) for n in late) == (arch == 'wsol_resnet50')
+    assert any(n.startswith('neck.') for n in late) == (arch != 'wsol_resnet50')

@@ -1,8 +1,12 @@
-"""Gradient localizers against pytorch-grad-cam and torchcam, which are oracles here and never imported by the library.
+"""Gradient localizers against pytorch-grad-cam and torchcam: oracles here, never imported by the library.
 
-Where a peer follows the paper, normalised maps agree to 1e-4 on three architectures; where it does not, the test shows by how much and that the
-formula is ours. Layers with an MLP or a normalisation behind them (VGG, ConvNeXt) have gradients that vary over positions.
+Where a peer follows the paper, normalised maps agree to 1e-4 on three architectures; where it does not, the
+test shows by how much and that the formula is ours. Layers with an MLP or a normalisation behind them (VGG,
+ConvNeXt) have gradients that vary over positions.
 """
+from functools import partial
+
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -17,7 +21,9 @@ import timm
 
 pgc = pytest.importorskip('pytorch_grad_cam')
 tc = pytest.importorskip('torchcam.methods')
-SCALE = 1e3 # random nets have tiny gradients, which the peers' ε of 1e-6 to 1e-8 would drown; CAMs are compared at this multiple of the score
+# random nets have tiny gradients, which the peers' ε of 1e-6 to 1e-8 would drown; CAMs are compared at this
+# multiple of the score
+SCALE = 1e3
 _nets = {}
 
 
@@ -26,44 +32,52 @@ def net(request):
     if request.param not in _nets:
         torch.manual_seed(3)
         model = timm.create_model(request.param, num_classes=6).eval()
-        if 'vgg' in request.param: model.pre_logits, model.head.fc = timm.models.vgg.ConvMlp(512, 64, 3).eval(), torch.nn.Linear(64, 6) # a narrow MLP head is enough
+        if 'vgg' in request.param: # a narrow MLP head is enough
+            model.pre_logits = timm.models.vgg.ConvMlp(512, 64, 3).eval()
+            model.head.fc = torch.nn.Linear(64, 6)
         _nets[request.param] = model
     return _nets[request.param]
 
 
-def images(): return torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(1))
+images = partial(helpers.images, 128, 160, 2, seed=1, draw=torch.randn)
+close = partial(helpers.same, tol=1e-4)
 
 
-def layer_of(net): return net.get_submodule(feature_layer(net, images()))
+def layer_of(net):
+    if isinstance(net, Scaled): net = net.net
+    return net.get_submodule(feature_layer(net, images()))
 
 
 class Scaled(torch.nn.Module):
     "The net with logits times SCALE."
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
     def forward(self, x): return SCALE*self.net(x)
 
 
 def of_pgc(peer, net, c):
     "pytorch-grad-cam's map at image size."
     targets = [pgc.utils.model_targets.ClassifierOutputTarget(i) for i in c]
-    with getattr(pgc, peer)(model=net, target_layers=[layer_of(net.net if isinstance(net, Scaled) else net)]) as cam: return torch.from_numpy(cam(images(), targets=targets))
+    with getattr(pgc, peer)(model=net, target_layers=[layer_of(net)]) as cam:
+        return torch.from_numpy(cam(images(), targets=targets))
 
 
 def of_torchcam(peer, net, c, **kw):
     "torchcam's normalised map at layer size."
     x = images()
-    with getattr(tc, peer)(net, target_layer=layer_of(net.net if isinstance(net, Scaled) else net), **kw) as cam:
+    with getattr(tc, peer)(net, target_layer=layer_of(net), **kw) as cam:
         scores = net(x.requires_grad_())
         return cam(c, scores)[0].detach()
-
-
-def close(a, b): assert a.shape == b.shape and (a - b).abs().max() < 1e-4, (a - b).abs().max()
 
 
 def as_pgc(raw): return minmax(to_score_maps(raw, (128, 160), 'fcam')) # bilinear, then min-max once more
 
 
-def filled(raw): assert raw.flatten(1).std(1).min() > 0, 'an empty map would agree with anything'; return raw
+def filled(raw):
+    assert raw.flatten(1).std(1).min() > 0, 'an empty map would agree with anything'
+    return raw
 
 
 def classes(net, cls):
@@ -71,7 +85,8 @@ def classes(net, cls):
     return cls(net).raw(images(), [list(range(6))]*2).flatten(2).std(2).argmax(1).tolist()
 
 
-@pytest.mark.parametrize('peer, ours', [('GradCAM', GradCAM), ('GradCAMPlusPlus', GradCAMPlusPlus), ('XGradCAM', XGradCAM), ('LayerCAM', LayerCAM)])
+@pytest.mark.parametrize('peer, ours', [('GradCAM', GradCAM), ('GradCAMPlusPlus', GradCAMPlusPlus),
+                                        ('XGradCAM', XGradCAM), ('LayerCAM', LayerCAM)])
 def test_same_as_pytorch_grad_cam(net, peer, ours):
     big, c = Scaled(net), classes(net, ours)
     close(as_pgc(filled(ours(big).raw(images(), c))), of_pgc(peer, big, c))
@@ -104,7 +119,8 @@ def test_torchcam_has_another_gradcam_plus_plus(net):
     seen = GradCAM(big)
     with torch.enable_grad():
         watched = seen.watch(images())
-        A, G = watched.acts[0].detach(), torch.autograd.grad(watched.logits[range(2), c].sum(), watched.acts[0])[0]
+        A, scores = watched.acts[0], watched.logits[range(2), c]
+        G, A = torch.autograd.grad(scores.sum(), A)[0], A.detach()
     theirs = of_torchcam('GradCAMpp', big, c)
     close(minmax(weighted_sum(G.relu().pow(3).sum((2, 3)), A).relu()), theirs)
     assert (minmax(filled(GradCAMPlusPlus(big).raw(images(), c))) - theirs).abs().max() > .02
@@ -117,17 +133,24 @@ def test_small_gradients_drown_in_the_epsilon_of_pytorch_grad_cam(net):
     assert (ours - theirs).abs().max() > 1e-4
 
 
+def leading(P):
+    "Rows of `P` along the first right singular vector."
+    return P@torch.linalg.svd(P, full_matrices=False)[2][0]
+
+
 def test_eigencam_of_pytorch_grad_cam_is_centred(net):
     "It subtracts the mean feature vector first, which the paper does not, and leaves the sign to chance."
     watched = EigenCAM(net).watch(images())
     A = watched.acts[0].detach().flatten(2).double()
-    theirs = of_pgc('EigenCAM', net, [0, 0])
+    theirs, ours = of_pgc('EigenCAM', net, [0, 0]), EigenCAM(net).raw(images())
+    shape = watched.acts[0].shape[2:]
     for i in range(2):
-        P = A[i].T - A[i].T.mean(0)
-        m = (P@torch.linalg.svd(P, full_matrices=False)[2][0]).reshape(1, *watched.acts[0].shape[2:]).float()
-        assert min((as_pgc(s*m.relu() if s > 0 else (-m).relu())[0] - theirs[i]).abs().max() for s in (1, -1)) < 1e-3
-        full = (A[i].T@torch.linalg.svd(A[i].T, full_matrices=False)[2][0]).abs().reshape(m.shape[1:]).float()
-        close(minmax(EigenCAM(net).raw(images())[i]), minmax(full))
+        P = A[i].T
+        centred = leading(P - P.mean(0)).reshape(1, *shape).float()
+        either = [as_pgc(m.relu())[0] for m in (centred, -centred)]
+        assert min((m - theirs[i]).abs().max() for m in either) < 1e-3
+        full = leading(P).abs().reshape(shape).float()
+        close(minmax(ours[i]), minmax(full))
 
 
 def test_one_target_for_a_batch_is_not_silently_wrong(net):

@@ -1,10 +1,10 @@
 """F-CAM and its pipeline: what notebook 61 cannot see."""
-import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import TINY, wsol
+from helpers import TINY, fit_quietly, raises, same_state, wsol
 from torch import nn
 
 from wsol_nb.methods.pooling import WILDCAT
@@ -33,18 +33,22 @@ def stage1(dls, tmp_path_factory):
     "A trained classifier with dropout, as a run folder."
     path = tmp_path_factory.mktemp('stage1')
     learn = wsol_learner(dls, 'resnet10t', WILDCAT(), stride=16, opt_func=adam, localization=False, path=path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    return save_run(learn, path/'run')
+    return save_run(fit_quietly(learn), path/'run')
 
 
 def fit(dls, path, epochs=1, cbs=(), **kw):
-    learn = wsol_learner(dls, method=FCAM(**kw), opt_func=adam, wd=0., localization=False, cbs=[Checkpoint(path), *cbs], path=path)
+    learn = wsol_learner(dls, method=FCAM(**kw), opt_func=adam, wd=0., localization=False,
+                         cbs=[Checkpoint(path), *cbs], path=path)
     resume(learn, path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
-    return learn
+    return fit_quietly(learn, epochs)
 
 
-def same_state(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def drawing(method, dls):
+    "A drawer of seeds in the middle of a training step, the model and the batch."
+    model, draw = method.model('resnet10t', dls.c, stride=16).train(), DrawSeeds(method)
+    x, y = dls.one_batch()
+    draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
+    return draw, model, x, y
 
 
 def test_frozen_classifier_is_bit_identical(dls, stage1, tmp_path):
@@ -82,7 +86,9 @@ def test_mixed_precision_gives_no_nan(dls, stage1, dtype):
 
 def test_ignored_batch_is_zero(dls, stage1):
     full = torch.randn(2, 2, 8, 8, requires_grad=True)
-    loss = SumOfTerms({'seeds': (1., seed_term)})(Prediction(None, None, full), torch.tensor([0, 1]), torch.rand(2, 3, 16, 16), torch.full((2, 8, 8), 255))
+    total = SumOfTerms({'seeds': (1., seed_term)})
+    nowhere = torch.full((2, 8, 8), 255)
+    loss = total(Prediction(None, None, full), torch.tensor([0, 1]), torch.rand(2, 3, 16, 16), nowhere)
     loss.backward()
     assert loss == 0 and full.grad.abs().sum() == 0
 
@@ -95,61 +101,64 @@ def test_interrupted_run_is_the_same_run(dls, stage1, tmp_path):
 
 
 def test_loads_without_the_first_stage(dls, stage1, tmp_path):
-    import shutil
     copy = shutil.copytree(stage1, tmp_path/'stage1')
     learn = fit(dls, tmp_path/'fcam', stage1=copy, seeds=GradCAM)
     run = save_run(learn, tmp_path/'fcam')
     shutil.rmtree(copy)
     again = load_run(run)
     x, _ = dls.valid.one_batch()
-    assert torch.equal(again.localizer()(x), learn.localizer()(x)) and again.method.seeds == 'gradcam' and again.method.classifier['name'] == 'WILDCAT'
+    assert torch.equal(again.localizer()(x), learn.localizer()(x))
+    assert again.method.seeds == 'gradcam' and again.method.classifier['name'] == 'WILDCAT'
 
 
 def test_own_maps_cost_no_second_pass(dls, tmp_path):
     "Seeds of a GAP head's CAM come from the training pass; of any other localizer, from its own."
-    stage = wsol_learner(dls, 'resnet10t', GAP(), stride=16, opt_func=adam, localization=False, path=tmp_path)
-    passes = []
-    for seeds in ('cam', 'gradcam'):
-        learn = wsol_learner(dls, method=FCAM(stage1=stage, seeds=seeds), opt_func=adam, localization=False, path=tmp_path)
-        n = []
-        learn.model.classifier.head.register_forward_hook(lambda *a: n.append(1))
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        passes.append(len(n))
-    assert passes[1] >= passes[0] + 3 # one more for each of three batches
+    options = dict(opt_func=adam, localization=False, path=tmp_path)
+    stage = wsol_learner(dls, 'resnet10t', GAP(), stride=16, **options)
+
+    def passes(seeds):
+        learn, seen = wsol_learner(dls, method=FCAM(stage1=stage, seeds=seeds), **options), []
+        learn.model.classifier.head.register_forward_hook(lambda *a: seen.append(1))
+        fit_quietly(learn)
+        return len(seen)
+
+    own = passes('cam')
+    assert passes('gradcam') >= own + 3 # one more for each of three batches
 
 
 class RightHalf(HeadMaps):
     "Somebody's localizer that builds on the head's maps: its own are what seeds must come from."
     def compute(self, x, target, create_graph):
         logits, maps = super().compute(x, target, create_graph)
-        return logits, torch.zeros_like(maps).index_fill(-1, torch.arange(maps.shape[-1]//2, maps.shape[-1]), 1.)
+        right = torch.arange(maps.shape[-1]//2, maps.shape[-1])
+        return logits, torch.zeros_like(maps).index_fill(-1, right, 1.)
 
 
 def test_maps_of_a_derived_localizer_are_its_own(dls, stage1):
-    method = FCAM(stage1, seeds=RightHalf, views=1)
-    model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
-    draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
+    draw, _, _, y = drawing(FCAM(stage1, seeds=RightHalf, views=1), dls)
     raw = draw.raw(y)
     assert type(draw.seeder) is RightHalf and raw.mean() == .5 and (raw[..., raw.shape[-1]//2:] == 1).all()
 
 
 @pytest.mark.parametrize('seeds', ['headmaps', 'gradcam', RightHalf])
 def test_mirrored_seeds(dls, stage1, seeds):
-    "The mean of an image's map and its mirror image's, though the first is there already where the map is the head's own."
+    """The mean of an image's map and its mirror image's, though the first is there already where the map is
+    the head's own."""
     method = FCAM(stage1, seeds=seeds)
-    model, (x, y), draw = method.model('resnet10t', dls.c, stride=16).train(), dls.one_batch(), DrawSeeds(method)
-    draw.seeder, draw.learn = method.seeder(model.classifier), SimpleNamespace(pred=model(x), x=x)
+    draw, model, x, y = drawing(method, dls)
     one = find_localizer(method.seeds)(model.classifier)
-    assert type(draw.seeder) is Mirrored and torch.allclose(draw.raw(y), (one.raw(x, y) + one.raw(x.flip(-1), y).flip(-1))/2, atol=1e-5)
+    mean = (one.raw(x, y) + one.raw(x.flip(-1), y).flip(-1))/2
+    assert type(draw.seeder) is Mirrored and torch.allclose(draw.raw(y), mean, atol=1e-5)
     draw.learn.x, mirror = x.flip(-1), draw.raw(y)
     draw.learn.pred = model(x.flip(-1))
     assert torch.allclose(draw.raw(y).flip(-1), mirror, atol=1e-5)
 
 
 def test_stored_maps_are_used(dls, stage1, tmp_path):
-    "Maps from files: here a bright left half, so foreground seeds lie there only, after the image's own flip."
+    "Maps from files: here a bright left half, so foreground lies there only, after the image's own flip."
     store, df = MapStore(tmp_path/'maps'), dls.info.manifest
-    half = torch.zeros(32, 32); half[:, :16] = 1
+    half = torch.zeros(32, 32)
+    half[:, :16] = 1
     for i in df.image_id[df.split == 'train']: store.save(i, half)
     with_maps = WSOLDataLoaders.from_manifest(df, size=64, resize=64, bs=16, maps=store)
     seen = []
@@ -165,48 +174,56 @@ def test_stored_maps_are_used(dls, stage1, tmp_path):
     fit(with_maps, tmp_path, stage1=stage1, erode=1, min_p=.4, cbs=[Look(None)])
     for labels in torch.cat(seen):
         fg, bg = ((labels == k).nonzero()[:, 1] for k in (1, 0))
-        assert len(fg) == len(bg) == 10 and (fg.max() < 17 and bg.min() > 14 or fg.min() > 14 and bg.max() < 17)
+        assert len(fg) == len(bg) == 10
+        as_it_is, flipped = fg.max() < 17 and bg.min() > 14, fg.min() > 14 and bg.max() < 17
+        assert as_it_is or flipped
 
 
-@pytest.mark.parametrize('arch, stride', [('wsol_vgg16', 16), ('wsol_inception_v3', 16), ('convnext_atto', 16), ('densenet121', None)])
+@pytest.mark.parametrize('arch, stride', [('wsol_vgg16', 16), ('wsol_inception_v3', 16),
+                                          ('convnext_atto', 16), ('densenet121', None)])
 def test_decoder_on_any_net(arch, stride):
     net = FullModel(wsol_model(arch, 3, stride=stride, verbose=False))
     x = torch.rand(2, 3, 75, 99)
     pred = net(x)
     assert pred.full.shape == (2, 2, 37, 49) and FullMaps(net)(x).shape == (2, 75, 99)
     pred.full.sum().backward()
-    assert all(p.grad is not None for p in net.decoder.parameters()) and all(p.grad is None for p in net.classifier.parameters())
+    assert all(p.grad is not None for p in net.decoder.parameters())
+    assert all(p.grad is None for p in net.classifier.parameters())
 
 
 def test_not_a_wsol_model():
-    with pytest.raises(TypeError, match='expected a WSOLModel on a timm CNN'): FullModel(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(TypeError, match='expected a WSOLModel on a timm CNN'): FullModel(net)
 
 
 def test_what_does_not_fit_is_said(dls, stage1, tmp_path):
-    def refused(says, f, *args, error=ValueError, **kw):
-        with pytest.raises(error) as e: f(*args, **kw)
-        assert says in str(e.value), f'{says!r} is not in: {e.value}'
-    loc = load_run(stage1).localizer()
-    refused(f'type(seeds)={type(loc).__name__!r}: expected the name or the class of a localizer', FCAM, stage1, seeds=loc, error=TypeError)
-    refused('stage1: expected a learner, a Run or a run folder, got Sequential', FCAM, stage1=nn.Sequential(), error=TypeError)
-    refused('no run is saved there', FCAM, stage1=tmp_path/'nowhere')
-    refused('the weights are those of the first stage', wsol_learner, dls, method=FCAM(stage1=stage1), pretrained=True)
-    refused("targets='multi': FCAM needs one class", FCAM, stage1=stage1, targets='multi')
-    refused('views=3: expected 1 (the image), 2', FCAM, stage1=stage1, views=3)
+    loc, message = load_run(stage1).localizer(), 'expected the name or the class of a localizer'
+    raises(f'type(seeds)={type(loc).__name__!r}: {message}', FCAM, stage1, seeds=loc, error=TypeError)
+    message = 'stage1: expected a learner, a Run or a run folder, got Sequential'
+    raises(message, FCAM, stage1=nn.Sequential(), error=TypeError)
+    raises('no run is saved there', FCAM, stage1=tmp_path/'nowhere')
+    message = 'the weights are those of the first stage'
+    raises(message, wsol_learner, dls, method=FCAM(stage1=stage1), pretrained=True)
+    raises("targets='multi': FCAM needs one class", FCAM, stage1=stage1, targets='multi')
+    raises('views=3: expected 1 (the image), 2', FCAM, stage1=stage1, views=3)
 
 
 def test_command_line(world, tmp_path):
     "Both stages from the shell, evaluated and applied to a photo; the first stage's data are the default."
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    wsol('train', '--data', world, '--out', tmp_path/'cam', '--epochs', 1, *TINY, env=env)
-    text = wsol('train', '--method', 'fcam', '--stage1', tmp_path/'cam', '--seeds', 'layercam', '--out', tmp_path/'fcam', '--epochs', 2, '--bs', 16, env=env)
+    cam, fcam = tmp_path/'cam', tmp_path/'fcam'
+    wsol('train', '--data', world, '--out', cam, '--epochs', 1, *TINY)
+    second = ['--method', 'fcam', '--stage1', cam]
+    text = wsol('train', *second, '--seeds', 'layercam', '--out', fcam, '--epochs', 2, '--bs', 16)
     assert 'seeds' in text and 'crf' in text and 'max_box_acc' in text
-    run = load_run(tmp_path/'fcam')
-    assert (run.config['arch'], run.config['data']['size'], run.config['data']['resize'], run.config['train']['opt'], run.method.seeds) == ('resnet10t', 64, 64, 'adam', 'layercam')
-    assert 'B-LOC' in (report := wsol('eval', tmp_path/'fcam', env=env)) and 'B-CL' not in report
-    photo = next((world).rglob('*.jpg'))
-    assert 'val boxes' in wsol('localize', tmp_path/'fcam', photo, '--out', tmp_path, env=env)
-    for args, message in ((('--method', 'fcam'), 'stage1: FCAM stands on a trained classifier'), (('--seeds', 'cam'), 'seeds: GAP has no such choice'),
-                          (('--method', 'fcam', '--stage1', tmp_path/'cam', '--arch', 'vgg11'), "arch='vgg11': the first stage has 'resnet10t'"),
-                          (('--method', 'fcam', '--stage1', tmp_path/'cam', '--seeds', 'gradcan'), "localizer 'gradcan': did you mean")):
-        assert message in wsol('train', *args, '--out', tmp_path/'bad', code=1, env=env)
+    run = load_run(fcam)
+    config, data = run.config, run.config['data']
+    assert (config['arch'], data['size'], data['resize']) == ('resnet10t', 64, 64)
+    assert (config['train']['opt'], run.method.seeds) == ('adam', 'layercam')
+    report = wsol('eval', fcam)
+    assert 'B-LOC' in report and 'B-CL' not in report
+    assert 'val boxes' in wsol('localize', fcam, next(world.rglob('*.jpg')), '--out', tmp_path)
+    for args, message in ((('--method', 'fcam'), 'stage1: FCAM stands on a trained classifier'),
+                          (('--seeds', 'cam'), 'seeds: GAP has no such choice'),
+                          ((*second, '--arch', 'vgg11'), "arch='vgg11': the first stage has 'resnet10t'"),
+                          ((*second, '--seeds', 'gradcan'), "localizer 'gradcan': did you mean")):
+        assert message in wsol('train', *args, '--out', tmp_path/'bad', code=1)

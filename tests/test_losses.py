@@ -1,32 +1,34 @@
-"What the loss notebooks cannot see: random inputs in numbers, mixed precision, devices, an independent solver, bad input."
+"What the loss notebooks cannot see: random and bad input, half precision, devices, an independent solver."
 import pickle
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import raises, run
 from scipy import ndimage as ndi
 from scipy.optimize import minimize
 from torch.autograd import gradcheck
 
-from wsol_nb.losses.constraints import STATISTICS, AbsoluteSizeBarrier, Constraint, SizeBarrier, SizeLagrangian, SizePenalty, centroid, dual_ascent, length, log_barrier, size, spread
-from wsol_nb.losses.partial import IGNORE, WEAK_FORMS, PartialCELoss, box_labels, class_boxes, partial_cross_entropy, weak_points, weak_scribbles, weak_tags
+from wsol_nb.losses.constraints import (
+    STATISTICS, AbsoluteSizeBarrier, Constraint, SizeBarrier, SizeLagrangian, SizePenalty, centroid,
+    dual_ascent, length, log_barrier, size, spread)
+from wsol_nb.losses.partial import (
+    IGNORE, WEAK_FORMS, PartialCELoss, box_labels, class_boxes, partial_cross_entropy, weak_points,
+    weak_scribbles, weak_tags)
 
-DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'))]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MARKING = [name for name in WEAK_FORMS if name != 'boxes'] # the box has no foreground label
 
 
-def raises(message, f, *args, error=ValueError, **kwargs):
-    with pytest.raises(error) as e: f(*args, **kwargs)
-    assert message in str(e.value), f'{message!r} is not in: {e.value}'
-
-
 def test_losses_do_not_import_fastai():
-    probe = "import sys, wsol_nb.losses.partial, wsol_nb.losses.constraints; print([m for m in ('fastai', 'timm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', probe], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    probe = """
+import sys, wsol_nb.losses.partial, wsol_nb.losses.constraints
+print([m for m in ('fastai', 'timm') if m in sys.modules])"""
+    assert run(sys.executable, '-c', probe).stdout.strip() == '[]'
 
 
 # partial cross-entropy
@@ -51,8 +53,8 @@ def test_ce_invariances():
     z, y, order = torch.randn(2, 4, 6, 5, dtype=torch.float64), some_labels(2), torch.tensor([2, 0, 3, 1])
     loss = partial_cross_entropy(z, y)
     assert torch.allclose(partial_cross_entropy(z + torch.randn(2, 1, 6, 5), y), loss)
-    back = order.argsort()
-    assert torch.allclose(partial_cross_entropy(z[:, order], torch.where(y == IGNORE, y, back[y.clamp(max=3)])), loss)
+    reordered = torch.where(y == IGNORE, y, order.argsort()[y.clamp(max=3)])
+    assert torch.allclose(partial_cross_entropy(z[:, order], reordered), loss)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -66,17 +68,23 @@ def test_ce_in_half_precision(dtype, device):
     assert loss == 0 and not g.any()
 
 
-@pytest.mark.parametrize('y, message, error', [(torch.zeros(2, 6, 5), "labels='(2, 6, 5) torch.float32': expected an int64 tensor", TypeError),
-    (np.zeros((2, 6, 5), int), "labels='ndarray': expected an int64 tensor", TypeError), (torch.zeros(2, 5, 6).long(), 'labels.shape=(2, 5, 6): expected (2, 6, 5)', ValueError),
-    (torch.full((2, 6, 5), 4), 'labels: got 4 (60 such pixels), expected a class 0 to 3 or 255', ValueError), (torch.full((2, 6, 5), -1), 'labels: got -1', ValueError)])
-def test_ce_bad_labels(y, message, error): raises(message, partial_cross_entropy, torch.randn(2, 4, 6, 5), y, error=error)
+@pytest.mark.parametrize('y, message, error', [
+    (torch.zeros(2, 6, 5), "labels='(2, 6, 5) torch.float32': expected an int64 tensor", TypeError),
+    (np.zeros((2, 6, 5), int), "labels='ndarray': expected an int64 tensor", TypeError),
+    (torch.zeros(2, 5, 6).long(), 'labels.shape=(2, 5, 6): expected (2, 6, 5)', ValueError),
+    (torch.full((2, 6, 5), 4), 'labels: got 4 (60 such pixels), expected a class 0 to 3 or 255', ValueError),
+    (torch.full((2, 6, 5), -1), 'labels: got -1', ValueError),
+])
+def test_ce_bad_labels(y, message, error):
+    raises(message, partial_cross_entropy, torch.randn(2, 4, 6, 5), y, error=error)
 
 
 def test_ce_bad_arguments():
-    y = torch.zeros(2, 6, 5).long()
-    raises("logits='(2, 4, 6) torch.float32': expected a (B,K,H,W) float tensor", partial_cross_entropy, torch.randn(2, 4, 6), y)
-    raises("reduction='none'", partial_cross_entropy, torch.randn(2, 4, 6, 5), y, reduction='none')
-    raises('ignore=3: expected a number that is none of the 4 classes', partial_cross_entropy, torch.randn(2, 4, 6, 5), y, ignore=3)
+    z, y = torch.randn(2, 4, 6, 5), torch.zeros(2, 6, 5).long()
+    message = "logits='(2, 4, 6) torch.float32': expected a (B,K,H,W) float tensor"
+    raises(message, partial_cross_entropy, z[..., 0], y)
+    raises("reduction='none'", partial_cross_entropy, z, y, reduction='none')
+    raises('ignore=3: expected a number that is none of the 4 classes', partial_cross_entropy, z, y, ignore=3)
 
 
 # weak labels
@@ -94,43 +102,55 @@ def some_masks(n=40):
     yield np.ones((1, 1), np.uint8)
 
 
+def labels_in(mask): return set(np.unique(mask)) - {IGNORE}
+
+
 @pytest.mark.parametrize('form', WEAK_FORMS)
 def test_weak_labels_are_never_wrong(form):
+    make = WEAK_FORMS[form]
     for i, mask in enumerate(some_masks()):
-        kept, make = mask.copy(), WEAK_FORMS[form]
+        kept = mask.copy()
         labels = make(mask, generator=i)
         assert np.array_equal(mask, kept) and labels.shape == mask.shape and labels.dtype == np.uint8
         assert ((labels == mask) | (labels == IGNORE)).all()
         if form in MARKING:
-            assert set(np.unique(labels)) - {IGNORE} == set(np.unique(mask)) - {IGNORE}
-            assert set(np.unique(make(mask, background=False, generator=i))) - {IGNORE} == set(np.unique(mask)) - {0, IGNORE}
-        assert np.array_equal(labels, make(mask, generator=i)) and np.array_equal(labels, make(mask, generator=np.random.default_rng(i)))
-        assert set(np.flatnonzero(weak_tags(mask, 255))) == set(np.unique(mask)) - {IGNORE}
+            foreground = make(mask, background=False, generator=i)
+            assert labels_in(labels) == labels_in(mask) and labels_in(foreground) == labels_in(mask) - {0}
+        for again in (i, np.random.default_rng(i)): assert np.array_equal(labels, make(mask, generator=again))
+        assert set(np.flatnonzero(weak_tags(mask, 255))) == labels_in(mask)
 
 
 def test_points_and_scribbles_are_drawn():
-    mask = np.zeros((40, 50), np.uint8); mask[5:35, 10:40] = 1
-    for form in (weak_points, weak_scribbles): assert len({form(mask, generator=i).tobytes() for i in range(5)}) == 5
-    hits = sum((weak_points(mask, generator=i) == 1).astype(int) for i in range(900)) # uniform over the object: its quarters get alike
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:35, 10:40] = 1
+    for form in (weak_points, weak_scribbles):
+        assert len({form(mask, generator=i).tobytes() for i in range(5)}) == 5
+    # uniform over the object: its quarters get alike
+    hits = sum((weak_points(mask, generator=i) == 1).astype(int) for i in range(900))
     quarters = [hits[a:a + 15, b:b + 15].sum() for a in (5, 20) for b in (10, 25)]
     assert sum(quarters) == 900 and min(quarters) > 170
-    two = mask.copy(); two[:, 24:27] = 0
+    two = mask.copy()
+    two[:, 24:27] = 0
     assert ndi.label(weak_scribbles(two, background=False) == 1, np.ones((3, 3)))[1] == 1
     assert ndi.label(weak_scribbles(two, n=2, background=False) == 1, np.ones((3, 3)))[1] == 2
 
 
 def test_boxes():
-    mask = np.zeros((9, 12), np.uint8); mask[2:4, 3:6] = 1; mask[6, 10] = 7
-    assert {k: b.tolist() for k, b in class_boxes(mask, margin=2).items()} == {1: [1, 0, 7, 5], 7: [8, 4, 11, 8]}
+    mask = np.zeros((9, 12), np.uint8)
+    mask[2:4, 3:6], mask[6, 10] = 1, 7
+    found = class_boxes(mask, margin=2)
+    assert {k: b.tolist() for k, b in found.items()} == {1: [1, 0, 7, 5], 7: [8, 4, 11, 8]}
     labels = box_labels(list(class_boxes(mask).values()), (12, 9))
     assert (labels == IGNORE).sum() == 2*3 + 1 and labels[6, 10] == labels[2, 3] == IGNORE
     raises('is reversed', box_labels, [[4, 4, 3, 5]], (12, 9))
     raises('margin=-1', class_boxes, mask, margin=-1)
 
 
-@pytest.mark.parametrize('mask', [np.zeros((4, 4), int), np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4), bool), np.zeros((0, 4), np.uint8)], ids=str)
+@pytest.mark.parametrize('mask', [np.zeros((4, 4), int), np.zeros((4, 4, 1), np.uint8),
+                                  np.zeros((4, 4), bool), np.zeros((0, 4), np.uint8)], ids=str)
 def test_bad_masks(mask):
-    for make in (*WEAK_FORMS.values(), class_boxes, lambda m: weak_tags(m, 3)): raises(': expected (H,W) uint8', make, mask)
+    for make in (*WEAK_FORMS.values(), class_boxes, lambda m: weak_tags(m, 3)):
+        raises(': expected (H,W) uint8', make, mask)
 
 
 def test_bad_weak_arguments():
@@ -148,17 +168,19 @@ def test_bad_weak_arguments():
 def test_constraint_gradient(statistic, penalty):
     p = torch.rand(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
     v = STATISTICS[statistic][0](p.detach())
+    presence = torch.tensor([[True, False, True], [True, True, True]])
     for shift in (-2., 0., 2.): # both bounds below, around and above the value; bounds and values never touch
         bounds = torch.stack([v + shift - 1.1, v + shift + .9], -1)
         for reduction in ('mean', 'sum', 'batch'):
             loss = Constraint(statistic, penalty=penalty, norm='area', reduction=reduction, t0=2.)
-            assert gradcheck(lambda p: loss(p, bounds, torch.tensor([[True, False, True], [True, True, True]])), p)
+            assert gradcheck(lambda p: loss(p, bounds, presence), p)
 
 
 def test_reductions_and_presence():
     p, bounds = torch.rand(2, 3, 5, 6), torch.tensor([2., 3.]).expand(2, 3, 1, 2)
     presence = torch.tensor([[True, False, True], [True, False, False]])
-    each, total, batch, mean = (Constraint(reduction=r)(p, bounds, presence) for r in ('none', 'sum', 'batch', 'mean'))
+    reductions = ('none', 'sum', 'batch', 'mean')
+    each, total, batch, mean = (Constraint(reduction=r)(p, bounds, presence) for r in reductions)
     assert each.shape == (2, 3) and not each[~presence].any()
     for value, n in ((total, 1), (batch, 2), (mean, 3)): assert torch.allclose(value, each.sum()/n)
     some = Constraint(upper=(None, 3, None))(p) # a class without a bound does not count
@@ -166,15 +188,17 @@ def test_reductions_and_presence():
 
 
 def test_statistics_against_scipy():
-    mask = np.zeros((30, 40)); mask[4:19, 8:31] = ndi.gaussian_filter(np.random.default_rng(0).random((15, 23)), 2) > .5
+    mask = np.zeros((30, 40))
+    mask[4:19, 8:31] = ndi.gaussian_filter(np.random.default_rng(0).random((15, 23)), 2) > .5
     p = torch.from_numpy(mask)[None, None]
     y, x = ndi.center_of_mass(mask)
     assert torch.allclose(centroid(p)[0, 0], torch.tensor([x, y], dtype=torch.float64))
     ys, xs = np.nonzero(mask)
-    assert torch.allclose(spread(p, eps=0)[0, 0], torch.tensor([xs.std(), ys.std()])) and size(p).item() == mask.sum()
-    H, W = mask.shape
-    pairs = sum((mask[dy:, max(0, dx):W + min(0, dx)] != mask[:H - dy, max(0, -dx):W - max(0, dx)]).sum() for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)))
-    assert length(p).item() == pairs
+    assert torch.allclose(spread(p, eps=0)[0, 0], torch.tensor([xs.std(), ys.std()]))
+    assert size(p).item() == mask.sum()
+    right, below = mask[:, :-1] != mask[:, 1:], mask[:-1] != mask[1:]
+    diagonals = mask[:-1, :-1] != mask[1:, 1:], mask[:-1, 1:] != mask[1:, :-1]
+    assert length(p).item() == sum(pairs.sum() for pairs in (right, below, *diagonals))
 
 
 def test_absolute_size_is_its_formula():
@@ -184,7 +208,9 @@ def test_absolute_size_is_its_formula():
         expected = sum(log_barrier(-p[:, r].sum((1, 2)), t).mean() for r in range(2))/2
         assert torch.allclose(asc(p), expected)
     asc = AbsoluteSizeBarrier()
-    for epoch in (3, 40, 1000, 3): asc.step(epoch); assert asc.t == min(1.01**epoch, 10)
+    for epoch in (3, 40, 1000, 3):
+        asc.step(epoch)
+        assert asc.t == min(1.01**epoch, 10)
     assert pickle.loads(pickle.dumps(asc)).t == asc.t
 
 
@@ -193,9 +219,12 @@ def test_absolute_size_is_its_formula():
 def test_constraints_in_half_precision(dtype, device):
     z = (30*torch.randn(2, 2, 300, 300)).to(device, dtype).requires_grad_() # sums beyond the range of float16
     z.data[1, 0] = 400 # class 1 is absent: its probability is exactly 0
-    present = torch.tensor([[True, True], [True, False]], device=device) # without it the gradient of an empty map's centroid and spread is beyond float16
+    # without it the gradient of an empty map's centroid and spread is beyond float16
+    present = torch.tensor([[True, True], [True, False]], device=device)
     losses = [(SizePenalty(0, 0), None), (SizeBarrier(0, 0), None), (AbsoluteSizeBarrier(), None)]
-    losses += [(Constraint(statistic, 0, 0, penalty=penalty, norm='area', t0=10.), present) for statistic in STATISTICS for penalty in ('quadratic', 'barrier')]
+    for statistic in STATISTICS:
+        for penalty in ('quadratic', 'barrier'):
+            losses.append((Constraint(statistic, 0, 0, penalty=penalty, norm='area', t0=10.), present))
     for loss, presence in losses:
         with torch.autocast(device, torch.bfloat16): value = loss(z.softmax(1).to(dtype), presence=presence)
         g, = torch.autograd.grad(value, z)
@@ -210,16 +239,35 @@ def test_nothing_counts():
 
 
 P = torch.full((2, 2, 4, 4), .5)
+
+
 @pytest.mark.parametrize('make, call, message', [
-    (dict(lower=3, upper=2), (), 'lower=3: expected at most upper=2'), (dict(lower=(0, 5), upper=(1, 2)), (P,), 'got lower 5 and upper 2 at (0, 1, 0)'),
-    (dict(), (P,), 'bounds=None: expected (B,K,m,2), since neither'), (dict(lower=(1, 2, 3)), (P,), 'lower=(1, 2, 3): expected a number, or 2 of them'),
-    (dict(), (P, torch.zeros(2, 2, 2)), 'expected a tensor of shape (2, 2, 1, 2)'), (dict(statistic='centroid'), (P, torch.zeros(2, 2, 1, 2)), 'expected a tensor of shape (2, 2, 2, 2)'),
-    (dict(), (P, torch.full((2, 2, 1, 2), torch.nan)), 'got lower nan'), (dict(), (P, torch.full((2, 2, 1, 2), torch.inf)), 'got lower inf'), (dict(), (P, [1, 2]), "bounds='list'"),
-    (dict(lower=1), (4*P,), 'probs: got 2 (64 values outside [0,1])'), (dict(lower=1), (P[0],), "probs='(2, 4, 4) torch.float32': expected a (B,K,H,W) float tensor"), (dict(lower=1), (P > 0,), "torch.bool': expected a (B,K,H,W) float tensor"),
-    (dict(lower=1), (P, None, torch.ones(2, 3).bool()), "presence='(2, 3) torch.bool': expected a (2, 2) bool tensor"), (dict(lower=1), (P, None, torch.ones(2, 2)), "presence='(2, 2) torch.float32': expected"),
-    (dict(statistic='volume'), (), "statistic='volume'"), (dict(penalty='hard'), (), "penalty='hard'"), (dict(reduction='max'), (), "reduction='max'"),
-    (dict(units='mm'), (), "units='mm'"), (dict(units='fraction', norm='area'), (), "norm='area': expected 'none' with units='fraction'"), (dict(statistic=size, units='fraction'), (), "units='fraction': expected 'pixels', a function has its own units"),
-    (dict(t0=-1), (), 't0=-1'), (dict(mu=.5), (), 'mu=0.5'), (dict(t_max=.5), (), 't_max=0.5: expected at least t0=1.0')])
+    (dict(lower=3, upper=2), (), 'lower=3: expected at most upper=2'),
+    (dict(lower=(0, 5), upper=(1, 2)), (P,), 'got lower 5 and upper 2 at (0, 1, 0)'),
+    (dict(), (P,), 'bounds=None: expected (B,K,m,2), since neither'),
+    (dict(lower=(1, 2, 3)), (P,), 'lower=(1, 2, 3): expected a number, or 2 of them'),
+    (dict(), (P, torch.zeros(2, 2, 2)), 'expected a tensor of shape (2, 2, 1, 2)'),
+    (dict(statistic='centroid'), (P, torch.zeros(2, 2, 1, 2)), 'expected a tensor of shape (2, 2, 2, 2)'),
+    (dict(), (P, torch.full((2, 2, 1, 2), torch.nan)), 'got lower nan'),
+    (dict(), (P, torch.full((2, 2, 1, 2), torch.inf)), 'got lower inf'),
+    (dict(), (P, [1, 2]), "bounds='list'"),
+    (dict(lower=1), (4*P,), 'probs: got 2 (64 values outside [0,1])'),
+    (dict(lower=1), (P[0],), "probs='(2, 4, 4) torch.float32': expected a (B,K,H,W) float tensor"),
+    (dict(lower=1), (P > 0,), "torch.bool': expected a (B,K,H,W) float tensor"),
+    (dict(lower=1), (P, None, torch.ones(2, 3).bool()),
+     "presence='(2, 3) torch.bool': expected a (2, 2) bool tensor"),
+    (dict(lower=1), (P, None, torch.ones(2, 2)), "presence='(2, 2) torch.float32': expected"),
+    (dict(statistic='volume'), (), "statistic='volume'"),
+    (dict(penalty='hard'), (), "penalty='hard'"),
+    (dict(reduction='max'), (), "reduction='max'"),
+    (dict(units='mm'), (), "units='mm'"),
+    (dict(units='fraction', norm='area'), (), "norm='area': expected 'none' with units='fraction'"),
+    (dict(statistic=size, units='fraction'), (),
+     "units='fraction': expected 'pixels', a function has its own units"),
+    (dict(t0=-1), (), 't0=-1'),
+    (dict(mu=.5), (), 'mu=0.5'),
+    (dict(t_max=.5), (), 't_max=0.5: expected at least t0=1.0'),
+])
 def test_bad_constraints(make, call, message):
     def run():
         loss = Constraint(**make)
@@ -230,18 +278,29 @@ def test_bad_constraints(make, call, message):
 # dual ascent
 
 def solve(s, a, b):
-    "The sizes at the optimum of the dual, by SciPy's L-BFGS-B on both multipliers."
+    "The maps at the optimum of the dual, by SciPy's L-BFGS-B on both multipliers."
     log_s = np.log(s)
-    def dual(beta):
-        lo, up = beta.reshape(2, -1)
-        z = log_s + (lo - up)[:, None]
+
+    def softmax(beta):
+        "Probabilities, and the logarithms of what they were divided by."
+        lower, upper = beta.reshape(2, -1)
+        z = log_s + (lower - upper)[:, None]
         top = z.max(0)
-        q = np.exp(z - top); total = q.sum(0); V = (q/total).sum(1)
-        return (np.log(total) + top).sum() - lo @ a + up @ b, np.concatenate([V - a, b - V])
-    r = minimize(dual, np.zeros(2*len(a)), jac=True, method='L-BFGS-B', bounds=[(0, None)]*2*len(a), options=dict(maxiter=5000, ftol=1e-15, gtol=1e-7))
-    z = log_s + (r.x[:len(a)] - r.x[len(a):])[:, None]
-    q = np.exp(z - z.max(0))
-    return q/q.sum(0)
+        q = np.exp(z - top)
+        total = q.sum(0)
+        return q/total, np.log(total) + top
+
+    def dual(beta):
+        "Its value and its gradient."
+        lower, upper = beta.reshape(2, -1)
+        q, log_total = softmax(beta)
+        V = q.sum(1)
+        return log_total.sum() - lower @ a + upper @ b, np.concatenate([V - a, b - V])
+
+    options = dict(maxiter=5000, ftol=1e-15, gtol=1e-7)
+    r = minimize(dual, np.zeros(2*len(a)), jac=True, method='L-BFGS-B', bounds=[(0, None)]*2*len(a),
+                 options=options)
+    return softmax(r.x)[0]
 
 
 def test_dual_ascent_against_scipy():
@@ -251,20 +310,26 @@ def test_dual_ascent_against_scipy():
         s = torch.from_numpy(scale*rng.normal(size=(1, K, 12, 15)) + rng.normal(size=(1, K, 1, 1))).softmax(1)
         share = rng.dirichlet(np.ones(K))
         a, b = 180*share*rng.uniform(.5, 1, K), 180*share*rng.uniform(1, 1.5, K)
-        p = dual_ascent(s, bounds=torch.tensor(np.stack([a, b], -1))[None, :, None], tol=1e-4, steps=5000)
+        bounds = torch.tensor(np.stack([a, b], -1))[None, :, None]
+        p = dual_ascent(s, bounds=bounds, tol=1e-4, steps=5000)
         assert p.gap.item() <= 1e-4, (case, p.gap)
-        assert abs(p.q[0].reshape(K, -1).numpy() - solve(s[0].reshape(K, -1).numpy(), a, b)).max() < 1e-3
-        assert (p.lower >= 0).all() and (p.upper >= 0).all() and torch.allclose(p.q.sum(1), torch.ones(1, dtype=torch.float64))
+        flat = lambda maps: maps[0].reshape(K, -1).numpy()
+        assert abs(flat(p.q) - solve(flat(s), a, b)).max() < 1e-3
+        assert (p.lower >= 0).all() and (p.upper >= 0).all()
+        assert torch.allclose(p.q.sum(1), torch.ones(1, dtype=torch.float64))
 
 
 def test_dual_ascent_equal_bounds_confident_and_batch():
-    z = torch.randn(3, 2, 20, 20); z[1] *= 40; z[2, 0] += 30
+    z = torch.randn(3, 2, 20, 20)
+    z[1] *= 40
+    z[2, 0] += 30
     s = z.softmax(1)
     p = dual_ascent(s, (None, 120), (None, 120))
-    assert (p.gap <= .5).all() and torch.allclose(size(p.q)[:, 1], torch.tensor([[120.]]), atol=.6), (p.gap, p.steps)
+    assert (p.gap <= .5).all(), (p.gap, p.steps)
+    assert torch.allclose(size(p.q)[:, 1], torch.tensor([[120.]]), atol=.6), (p.gap, p.steps)
     for i in range(3): # an image does not depend on its batch
-        alone = dual_ascent(s[i:i + 1], (None, 120), (None, 120)).q
-        assert alone.shape == p.q[i:i + 1].shape and torch.allclose(alone, p.q[i:i + 1], atol=1e-5) # sums are rounded
+        alone, together = dual_ascent(s[i:i + 1], (None, 120), (None, 120)).q, p.q[i:i + 1]
+        assert alone.shape == together.shape and torch.allclose(alone, together, atol=1e-5) # sums are rounded
     short = dual_ascent(s, (None, 120), steps=2)
     assert short.steps == 2 and short.gap.max() > .5 # said, not hidden
 
@@ -280,4 +345,5 @@ def test_lagrangian_loss():
     for hard in (False, True):
         with torch.autocast('cpu', torch.bfloat16): loss = SizeLagrangian((None, 300), hard=hard)(z)
         g, = torch.autograd.grad(loss, z)
-        assert loss.dtype == torch.float32 and g.isfinite().all() and g[:, 1].sum() < 0 # the foreground is asked to grow
+        assert loss.dtype == torch.float32 and g.isfinite().all()
+        assert g[:, 1].sum() < 0 # the foreground is asked to grow

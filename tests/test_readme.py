@@ -1,11 +1,9 @@
-"The ten lines that a newcomer copies must run: the code of nbs/index.ipynb, with one epoch instead of fifteen."
+"The ten lines that a newcomer copies must run: the code of nbs/index.ipynb, with one epoch, not fifteen."
 import json
 import re
-from pathlib import Path
 
 import matplotlib
-
-root = Path(__file__).resolve().parent.parent
+from helpers import root
 
 
 def test_the_ten_lines(tmp_path, monkeypatch, capsys):
@@ -16,5 +14,8 @@ def test_the_ten_lines(tmp_path, monkeypatch, capsys):
     assert code.count('fit_one_cycle(15, ') == 1
     names = {}
     exec(code.replace('fit_one_cycle(15, ', 'fit_one_cycle(1, '), names)
-    assert 'MaxBoxAccV2' in capsys.readouterr().out and names['interp'].report.n == 160
-    names['interp'].plot_curve(); names['interp'].show_results(4); names['interp'].plot_top_losses(4)
+    interp = names['interp']
+    assert 'MaxBoxAccV2' in capsys.readouterr().out and interp.report.n == 160
+    interp.plot_curve()
+    interp.show_results(4)
+    interp.plot_top_losses(4)

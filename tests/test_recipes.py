@@ -1,18 +1,13 @@
 "The recipes of CONTRIBUTING.md do what it says: a notebook, and the class is there for everyone."
-import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import BIN, digest, root, run
 
-root = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-TINY = ['--size', '64', '--bs', '8', '--epochs', '1']
 TEMPLATE = root/'nbs/_templates/template.ipynb'
 # what each recipe registers, kind and name
 MAKES = {'nbs/5_methods/02_mixed.ipynb': [('head', 'MixedHead'), ('method', 'Mixed')],
@@ -43,27 +38,18 @@ def notebook(listing):
 def code(nb): return '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code')
 
 
-def state(folder):
-    "Hash of every file of a checkout."
-    files = (p for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts)
-    return {p.relative_to(folder).as_posix(): hashlib.sha1(p.read_bytes()).hexdigest() for p in files}
-
-
 class Copy:
     "The tracked files of this checkout, elsewhere, and commands that see only them."
     def __init__(self, path):
         self.path = path
-        listed = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, check=True).stdout
-        for name in filter(None, listed.decode().split('\0')):
+        listed = run('git', 'ls-files', '-z', cwd=root).stdout
+        for name in filter(None, listed.split('\0')):
             (path/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root/name, path/name, follow_symlinks=False)
 
     def run(self, *args):
         "What a command prints."
-        env = os.environ | dict(PYTHONPATH=str(self.path), OMP_NUM_THREADS='1', MPLBACKEND='agg')
-        r = subprocess.run([*map(str, args)], cwd=self.path, env=env, capture_output=True, text=True)
-        assert r.returncode == 0, f'{args[:3]}\n{r.stdout[-2000:]}\n{r.stderr[-3000:]}'
-        return r.stdout
+        return run(*args, env=dict(PYTHONPATH=str(self.path), MPLBACKEND='agg'), cwd=self.path).stdout
 
     def python(self, *args): return self.run(sys.executable, *args)
 
@@ -79,12 +65,12 @@ def copy(tmp_path_factory):
     "A copy in which every recipe was followed; `touched` is what each changed."
     if not (root/'.git').exists(): pytest.skip('no git checkout: the tracked files are not known')
     copy = Copy(tmp_path_factory.mktemp('recipes')/'wsol_nb')
-    copy.touched, before = {}, state(copy.path)
+    copy.touched, before = {}, digest(copy.path)
     for name, listing in recipes().items():
         assert not (copy.path/name).exists(), f'{name} is taken'
         (copy.path/name).write_text(json.dumps(notebook(listing), indent=1), encoding='utf-8')
         copy.sync()
-        after = state(copy.path)
+        after = digest(copy.path)
         copy.touched[name] = {f for f in before.keys() | after.keys() if before.get(f) != after.get(f)}
         before = after
     return copy
@@ -152,7 +138,7 @@ def test_conformance_asks_the_new_classes(copy):
 
 def test_the_command_line_trains_them(copy, world, tmp_path):
     "The head's method is the first stage of the other, whose seeds come from the new localizer."
-    train = [BIN/'wsol_train', '--data', world, *TINY]
+    train = [BIN/'wsol_train', '--data', world, '--size', 64, '--bs', 8, '--epochs', 1]
     copy.run(*train, '--out', tmp_path/'one', '--method', 'mixed', '--params', 'share=0.25',
              '--arch', 'resnet10t', '--pretrained', 'false')
     copy.run(*train, '--out', tmp_path/'two', '--method', 'suremaps', '--stage1', tmp_path/'one',

@@ -1,41 +1,18 @@
 "The registry as users meet it: names, runs saved long ago, files of their own, other packages."
 import json
 import os
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-BIN = Path(sys.executable).parent
-TINY = ['--arch', 'resnet10t', '--pretrained', 'false', '--size', '64', '--bs', '8', '--epochs', '1']
+from helpers import ENV, TINY, raises, refused, run, wsol
 
 
 def fresh(code, *path):
     "What a process of its own prints, with more folders to import from."
-    more = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get('PYTHONPATH')])])
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                       env=os.environ | {'PYTHONPATH': more})
-    assert r.returncode == 0, r.stderr[-2000:]
-    return r.stdout.strip()
-
-
-def command(name, *args):
-    "What a command prints, in a process of its own."
-    r = subprocess.run([BIN/f'wsol_{name}', *map(str, args)], capture_output=True, text=True,
-                       env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert r.returncode == 0, f'exit {r.returncode}\n{r.stdout[-1500:]}\n{r.stderr[-3000:]}'
-    return r.stdout + r.stderr
-
-
-def refused(monkeypatch, name, *args):
-    "The line with which a command ends, without the seconds of a process of its own."
-    from wsol_nb.cli.command import main
-    monkeypatch.setattr(sys, 'argv', [f'/bin/wsol_{name}', *map(str, args)])
-    with pytest.raises(SystemExit) as e: main()
-    return str(e.value)
+    more = os.pathsep.join([*map(str, path), *filter(None, [ENV.get('PYTHONPATH')])])
+    return run(sys.executable, '-c', code, env=dict(PYTHONPATH=more)).stdout.strip()
 
 
 @pytest.fixture
@@ -68,8 +45,9 @@ def test_a_taken_name_is_refused_in_any_case(name):
     from wsol_nb.localize.base import Localizer, find_localizer
     from wsol_nb.registry import localizer
     mine = type(name, (Localizer,), {'__module__': 'my_maps', '__doc__': 'Mine.'})
-    with pytest.raises(ValueError) as e: localizer(needs='gradients')(mine)
-    assert f'my_maps:{name}' in str(e.value) and 'wsol_nb.cam.gradient:GradCAM' in str(e.value)
+    register = localizer(needs='gradients')
+    raises(f'my_maps:{name}', register, mine)
+    raises('wsol_nb.cam.gradient:GradCAM', register, mine)
     assert find_localizer(name) is GradCAM
 
 
@@ -135,17 +113,17 @@ class Mine(Method):
 
 
 def test_a_file_of_ones_own_trains_and_is_scored(world, tmp_path, monkeypatch):
-    file, run = tmp_path/'my_methods.py', tmp_path/'run'
+    file, out = tmp_path/'my_methods.py', tmp_path/'run'
     file.write_text(MINE)
-    train = ['--data', world, '--out', run, '--method', 'mine', '--params', 'r=3', *TINY]
+    train = ['--data', world, '--out', out, '--method', 'mine', '--params', 'r=3', '--epochs', 1, *TINY]
     line = refused(monkeypatch, 'train', *train)
     assert "method='mine'" in line and '--import its file' in line and '\n' not in line
-    command('train', '--import', file, *train)
-    config = json.loads((run/'config.json').read_text())
+    wsol('train', '--import', file, *train)
+    config = json.loads((out/'config.json').read_text())
     assert config['method'] == dict(name='Mine', module='my_methods', params=dict(targets='single', r=3))
-    line = refused(monkeypatch, 'eval', run)
+    line = refused(monkeypatch, 'eval', out)
     assert 'my_methods:Mine' in line and '--import the file that defines it' in line and '\n' not in line
-    assert 'MaxBoxAccV2' in command('eval', run, '--import', file, '--bootstrap', 0)
+    assert 'MaxBoxAccV2' in wsol('eval', out, '--import', file, '--bootstrap', 0)
 
 
 MORE = '''
