@@ -156,5 +156,7 @@ def test_eigencam_of_pytorch_grad_cam_is_centred(net):
 def test_one_target_for_a_batch_is_not_silently_wrong(net):
     "pytorch-grad-cam answers one target for two images with an empty second map; here it is an error."
     one = pgc.utils.model_targets.ClassifierOutputTarget(classes(net, GradCAM)[0])
-    with pytest.raises(ValueError, match=r'len\(target\)=1: expected one callable an image of 2'): GradCAM(net)(images(), targets=[one])
-    assert np.array_equal(GradCAM(net)(input_tensor=images(), targets=[one, one]), GradCAM(net)(images(), one.category))
+    with pytest.raises(ValueError, match=r'len\(target\)=1: expected one callable an image of 2'):
+        GradCAM(net)(images(), targets=[one])
+    by_targets = GradCAM(net)(input_tensor=images(), targets=[one, one])
+    assert np.array_equal(by_targets, GradCAM(net)(images(), one.category))

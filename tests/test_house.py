@@ -94,7 +94,8 @@ def test_index_is_that_of_the_source():
 
 def test_tools_bear_no_library_s_name():
     "They stand on the path of their scripts: fastai asks for PyTables, and would get a tools/tables.py."
-    assert not [p.stem for p in (root/'tools').glob('*.py') if p.stem in sys.stdlib_module_names or p.stem == 'tables']
+    taken = {*sys.stdlib_module_names, 'tables'}
+    assert not {p.stem for p in (root/'tools').glob('*.py')} & taken
 
 
 def test_front_door():
@@ -125,16 +126,36 @@ def test_notebook_form(nb):
         if c['cell_type'] != 'code': continue
         hidden = re.match(r'#(?!\|)[^\n]*\n+#\|', src)
         assert not hidden, f'cell {i}: a comment above a directive un-exports the cell'
-        code = [l for l in src.splitlines() if l.strip() and not l.lstrip().startswith('#')]
-        # a documented signature is no code
-        code = [l for l in code if not re.match(r'    \w+:?[^#()]*, # ', l)]
-        if re.match(r'#\|\s*export', src): assert len(code) <= 40, f'cell {i}: {len(code)} exported lines'
         for o in c.get('outputs', []):
             assert o.get('name') != 'stderr', f'cell {i}: stderr is stored'
             assert o.get('output_type') != 'error', f'cell {i}: an error is stored'
             of_machine = re.search(r'/home/|/root/|/tmp/|/work/|model_id', json.dumps(o))
             assert not of_machine, f'cell {i}: a machine path or model_id in the output'
     assert not re.search(r'files\.pythonhosted|pypi\.org|/work/', text)
+
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_page_reads_well(nb):
+    "Widths, lengths of cells, lessons: the rules of tools/pages.py."
+    import pages
+    assert [*pages.faults(nb)] == []
+
+
+def test_cells_are_short():
+    import pages
+    cells = [c for nb in NOTEBOOKS for c in pages.code_cells(nb) if c.exported]
+    assert statistics.median(c.length for c in cells) <= pages.MEDIAN
+
+
+@pytest.mark.parametrize('folder', ['tests', 'tools'])
+def test_lines_of_scripts(folder):
+    lines = ((p.name, i, l) for p in (root/folder).glob('*.py')
+             for i, l in enumerate(p.read_text(encoding='utf-8').splitlines(), 1))
+    assert [(name, i) for name, i, l in lines if len(l) > 110] == []
+
+
+def test_running_a_notebook_writes_no_module():
+    assert not [nb.stem for nb in NOTEBOOKS if 'nbdev_export()' in nb.read_text(encoding='utf-8')]
 
 
 def test_readme_is_that_of_the_index():

@@ -9,7 +9,8 @@ from helpers import root
 def test_the_ten_lines(tmp_path, monkeypatch, capsys):
     matplotlib.use('agg')
     monkeypatch.chdir(tmp_path)
-    cells = [''.join(c['source']) for c in json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    index = json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = [''.join(c['source']) for c in index if c['cell_type'] == 'code']
     code = '\n'.join(c for c in cells if not re.search(r'^#\|\s*(hide|echo: false)', c, flags=re.M))
     assert code.count('fit_one_cycle(15, ') == 1
     names = {}

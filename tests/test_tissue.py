@@ -114,9 +114,12 @@ def test_worlds_share_their_folder_layout(root, tmp_path):
     write_world(tmp_path, ObjectsWorld(), **COUNTS)
     assert write_world(tmp_path, TissueWorld(normal=False), **COUNTS).name == 'TISSUE'
     df = read_metadata(tmp_path, 'TISSUE')
-    assert df.attrs['negative'] == [] and sorted(df.class_name.unique()) == ['benign', 'malignant'] and df['mask'].map(any).all()
-    assert not (tmp_path/'metadata/TISSUE/negative_classes.txt').exists() and read_metadata(tmp_path, 'SYNTH').attrs['negative'] == []
-    with pytest.raises(ValueError, match='TISSUE holds another world .*world.normal: False there, True asked'): write_world(tmp_path, TissueWorld(), **COUNTS)
+    assert df.attrs['negative'] == [] and df['mask'].map(any).all()
+    assert sorted(df.class_name.unique()) == ['benign', 'malignant']
+    assert not (tmp_path/'metadata/TISSUE/negative_classes.txt').exists()
+    assert read_metadata(tmp_path, 'SYNTH').attrs['negative'] == []
+    other = 'TISSUE holds another world .*world.normal: False there, True asked'
+    with pytest.raises(ValueError, match=other): write_world(tmp_path, TissueWorld(), **COUNTS)
     with pytest.raises(TypeError, match='world=3: expected a World'): write_world(tmp_path, 3)
 
 

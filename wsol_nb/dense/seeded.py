@@ -161,6 +161,12 @@ class _Seeding(SecondStage):
         how = {k: getattr(self, k) for k in _SAMPLER}
         return sample_seeds(to_score_maps(raw, size, 'fcam'), generator=generator, **how)
 
+# %% ../../nbs/6_dense/03_seeded.ipynb #e101f04c
+def _trained_parts(model, freeze):
+    "Parameters of the decoder, and of the classifier before it where that is trained too."
+    parts = [model.decoder] if freeze else [model.classifier, model.decoder]
+    return [list(part.parameters()) for part in parts]
+
 # %% ../../nbs/6_dense/03_seeded.ipynb #5c5c597b
 @dataclass
 class SeededMaps(_Seeding):
@@ -189,7 +195,4 @@ class SeededMaps(_Seeding):
     def loss(self): return SumOfTerms(self.terms())
     def callbacks(self): return [DrawSeeds(self)]
     def localizer(self, model): return FullMaps(model)
-
-    def param_groups(self, model):
-        parts = [model.decoder] if self.freeze else [model.classifier, model.decoder]
-        return [list(part.parameters()) for part in parts]
+    def param_groups(self, model): return _trained_parts(model, self.freeze)
