@@ -42,7 +42,7 @@ test: check ## every notebook and every test, on the development pins (CI adds t
 check: $(VENV)/.dev ## notebooks and modules in sync, every notebook runs, every test passes
 	@$(TEST_ENV) $(BIN)/python tools/sync.py
 	@$(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --timing
-	@$(TEST_ENV) $(BIN)/python -m pytest -q
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 quick: $(VENV)/.dev ## under a minute: sync, imports and the notebooks touched since HEAD
 	@$(TEST_ENV) $(BIN)/python tools/sync.py

@@ -72,7 +72,7 @@ def of_torchcam(peer, net, c, **kw):
         return cam(c, scores)[0].detach()
 
 
-def as_pgc(raw): return minmax(to_score_maps(raw, (128, 160), 'fcam')) # bilinear, then min-max once more
+def as_pgc(raw): return minmax(to_score_maps(raw, (128, 160), 'early')) # bilinear, then min-max once more
 
 
 def filled(raw):

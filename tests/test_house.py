@@ -2,6 +2,7 @@
 import configparser
 import json
 import re
+import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 

@@ -110,7 +110,7 @@ def wsol_eval(
     run:str=None, # run folder; none with --maps
     split:str='test', # split to score
     data:str=None, # another root than the one trained on
-    # how maps are made: wsoleval, fcam, prob or interpolation-order; default: the method's own
+    # how maps are made: wsoleval, early, prob or interpolation-order; default: the method's own
     preset:str=None,
     tau_from:str='tune', # split whose τs are carried over; none: no split
     maps:str=None, # score this folder of <image_id>.npy maps instead of a run

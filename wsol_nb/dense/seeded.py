@@ -159,7 +159,7 @@ class _Seeding(SecondStage):
     def draw(self, raw, size, y, generator=None):
         "Seeds (B,*size) from raw maps of classes y."
         how = {k: getattr(self, k) for k in _SAMPLER}
-        return sample_seeds(to_score_maps(raw, size, 'fcam'), generator=generator, **how)
+        return sample_seeds(to_score_maps(raw, size, 'early'), generator=generator, **how)
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #e101f04c
 def _trained_parts(model, freeze):

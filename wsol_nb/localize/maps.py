@@ -14,15 +14,18 @@ import torch.nn.functional as F
 from ..core import expect, minmax
 
 # %% ../../nbs/1_evaluation/05_maps.ipynb #5ad85db5
-PRESETS = dict(wsoleval=('bicubic', 'after'), fcam=('bilinear', 'before'),
+PRESETS = dict(wsoleval=('bicubic', 'after'), early=('bilinear', 'before'),
                prob=('bilinear', 'none'))
 _PAIRS = {f'{interpolation}-{order}': (interpolation, order)
           for interpolation in ('nearest', 'bilinear', 'bicubic')
           for order in ('after', 'before', 'none')}
 _KNOWN = f'one of {", ".join(PRESETS)}, or interpolation-order as in {", ".join(_PAIRS)}'
 
+_OLD = dict(fcam='early') # names in reports of before
+
 def check_preset(preset):
     "The preset's name, or a ValueError."
+    preset = _OLD.get(preset, preset)
     expect(preset in PRESETS or preset in _PAIRS, 'preset', preset, _KNOWN)
     return preset
 
