@@ -49,6 +49,12 @@ class Cell:
         return [n for n in ast.walk(tree(self.source)) if isinstance(n, ast.FunctionDef)]
 
     @property
+    def mixed(self):
+        "Whether it has imports and other code: nbdev runs import cells for the site, and only those."
+        kinds = {type(n) for n in ast.walk(tree(self.source))}
+        return bool(kinds & {ast.Import, ast.ImportFrom}) and bool(kinds & {ast.Expr, ast.Assign})
+
+    @property
     def semicolons(self):
         "Statements joined by `;`; one at the very end of a cell hides its value."
         made = tokenize.generate_tokens(io.StringIO(self.source.rstrip().rstrip(';')).readline)
@@ -80,6 +86,8 @@ def faults(nb):
         if wide: yield f'cell {c.place}: {len(wide)} lines over {limit} columns, the widest {max(wide)}'
         if c.semicolons and not re.search(r'plt\.|\bax', c.source):
             yield f'cell {c.place}: statements joined by ;'
+        if not c.exported and c.mixed:
+            yield f'cell {c.place}: imports and other code, which the site needs apart'
         if c.exported:
             untaught += c.length
             if c.length > CELL: yield f'cell {c.place}: {c.length} exported lines, at most {CELL}'
