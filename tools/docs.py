@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -77,6 +78,7 @@ def processed():
 
 LINK = re.compile(r'\[(`[^`]+`)\]\((https?://[^)]*)\)') # what nbdev makes of a name in backticks
 NOTHING = re.compile(r'def \w+\(\s*\*args, \*\*kwargs\s*\):') # a signature that says nothing
+FIT = 98 # columns of a signature
 WORDS = {'size'} # names that are words too: linked on the page that defines them, and nowhere else
 
 
@@ -96,6 +98,15 @@ def fields(cls, file):
     return '\n'.join(lines)
 
 
+def fitted(line):
+    "A line of a signature in lines that fit: its comment goes above it, its parameters into several lines."
+    if len(line) <= FIT: return [line]
+    code, _, comment = line.partition(' # ')
+    above = [f'    # {part}' for part in textwrap.wrap(comment, FIT - 6)]
+    return above + textwrap.wrap(code.strip(), FIT, initial_indent='    ', subsequent_indent='    ',
+                                 break_long_words=False, break_on_hyphens=False)
+
+
 def mended(text, page):
     "The markdown of a cell: no links inside of code, no links of words, fields in place of *args."
     def unlinked(m):
@@ -107,6 +118,7 @@ def mended(text, page):
     if not found or not source: return text
     signature = LINK.sub(lambda m: m[1].strip('`'), found[1])
     if NOTHING.fullmatch(signature): signature = fields(found[2], source[1])
+    signature = '\n'.join(l for line in signature.splitlines() for l in fitted(line))
     return text[:found.start(1)] + signature + text[found.end(1):]
 
 
