@@ -90,7 +90,8 @@ def test_listing_has_the_form_of_a_notebook(name):
     test_house.test_notebook_form(TEMPLATE)
 
 
-MADE = {'wsol_nb/_modidx.py', 'wsol_nb/_index.py', '_quarto.yml', 'README.md', 'nbs/index.ipynb'}
+MADE = {'wsol_nb/_modidx.py', 'wsol_nb/_index.py', 'README.md', 'nbs/index.ipynb',
+        '_quarto.yml', 'nbs/_quarto.yml'} # the latter is a link
 
 
 def test_a_recipe_is_one_notebook_and_what_is_made_from_it(copy):
