@@ -204,7 +204,8 @@ def test_what_does_not_fit_is_said(dls, stage1, tmp_path):
     raises('no run is saved there', FCAM, stage1=tmp_path/'nowhere')
     message = 'the weights are those of the first stage'
     raises(message, wsol_learner, dls, method=FCAM(stage1=stage1), pretrained=True)
-    raises("targets='multi': expected 'single', since FCAM needs one class", FCAM, stage1=stage1, targets='multi')
+    refusal = "targets='multi': expected 'single', since FCAM needs one class"
+    raises(refusal, FCAM, stage1=stage1, targets='multi')
     raises('views=3: expected 1 (the image), 2', FCAM, stage1=stage1, views=3)
 
 
