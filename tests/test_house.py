@@ -1,4 +1,5 @@
 "What notebooks cannot see: imports in fresh processes, the order of modules, the form of the notebooks."
+import ast
 import configparser
 import json
 import re
@@ -57,6 +58,26 @@ def test_every_module_imports_alone():
     assert not missing, f'{sorted(missing)}: {[r.stderr[-1500:] for r in done]}'
     for m in MODULES:
         if m not in WITH_FASTAI: assert said[m] == 'False', f'{m} imports fastai, but core maths must not'
+
+
+def roots(node):
+    "The packages that an import names; ours is '', but for the registry, which loads nothing."
+    if isinstance(node, ast.Import): return {a.name.split('.')[0] for a in node.names}
+    if not node.level: return {node.module.split('.')[0]}
+    return set() if node.module in ('registry', '_index') else {''}
+
+
+def first(module, names):
+    "Place of a module's first top-level import from these packages, or None."
+    imports = [n for n in house.tree(module).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return next((i for i, n in enumerate(imports) if roots(n) & names), None)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_core_comes_first(module):
+    "It lets torchvision be imported beside another build of torch: above all that imports torchvision."
+    late = first(module, {'fastai', 'timm', 'torchvision'})
+    assert late is None or (ours := first(module, {''})) is not None and ours < late
 
 
 def test_modules_are_those_of_the_notebooks():

@@ -31,11 +31,14 @@ def homes():
 
 def imported(module):
     "(module, name) of everything that a module imports, also inside functions."
-    for node in ast.walk(ast.parse(source(module).read_text(encoding='utf-8'))):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import): yield from ((a.name, '') for a in node.names)
         if not isinstance(node, ast.ImportFrom): continue
         base = module.rsplit('.', node.level)[0] if node.level else '' # nbdev writes relative imports
         yield from (('.'.join(filter(None, (base, node.module))), a.name) for a in node.names)
+
+
+def tree(module): return ast.parse(source(module).read_text(encoding='utf-8'))
 
 
 def source(module): return root/(module.replace('.', '/') + '.py')

@@ -1,4 +1,9 @@
+import warnings
+
 __version__ = "0.1.0"
+
+# fastai compiles a layer with it when it is imported, and today's torch warns of that: nothing that a user can mend
+warnings.filterwarnings('ignore', '`torch.jit.script` is', FutureWarning)
 
 
 def __getattr__(name): # the front door, see wsol_nb.registry

@@ -7,7 +7,7 @@ __all__ = ['WIDTH', 'PIXELS', 'expect', 'set_seed', 'notebook_defaults', 'assert
            'resize_boxes', 'check_boxes', 'BadImage', 'read_image', 'env_folder', 'whole_file', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
-import ctypes, importlib.util, os, random, re, sys, uuid, warnings
+import ctypes, importlib.util, os, random, re, sys, uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -237,6 +237,3 @@ def _declare_torchvision_ops():
     return lib
 
 _torchvision_lib = _declare_torchvision_ops()
-
-# %% ../nbs/0_ground/00_core.ipynb #4800f901
-warnings.filterwarnings('ignore', '`torch.jit.script` is', FutureWarning)

@@ -10,13 +10,12 @@ import signal, threading, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from fastai.callback.core import Callback
-
 from ..scoring.loop import evaluate
 from .checkpoint import Checkpoint, KeepBest, keep, resume
 from .learner import WSOLLearner, wsol_learner
 from .method import OPTIMIZERS, method_from_dict
 from .run import loaders_from_config, save_run, write_json
+from fastai.callback.core import Callback
 
 # %% ../../nbs/2_training/12_fit.ipynb #f6fa9cd4
 def learner_from_config(
