@@ -47,7 +47,7 @@ class Browser:
         self.process = subprocess.Popen([program, *flags, f'--user-data-dir={profile}', 'about:blank'],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = Path(profile)/'DevToolsActivePort'
-        for _ in range(200):
+        for _ in range(600): # a minute at most
             if port.exists() and port.read_text().strip(): break
             time.sleep(.1)
         number = port.read_text().split()[0]
