@@ -14,9 +14,6 @@ sys.path.insert(0, str(root/'tools'))
 import house
 
 
-def is_hidden(path): return any(part.startswith(('.', '_')) for part in path.relative_to(root).parts[1:])
-
-
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
 
 
@@ -27,7 +24,7 @@ def settings():
     return config['DEFAULT']
 
 
-NOTEBOOKS = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not is_hidden(p))
+NOTEBOOKS = house.notebooks()
 MODULES = list(house.homes()) # in the order of chapters and numbers
 # training and what stands on it; core maths (metrics, localizers, nets, losses, seeds) is usable without it
 FASTAI = r'wsol_nb\.(data\.(dataset|loaders)|train|methods|cli|dense\.(seeded|fcam|negev))\b'

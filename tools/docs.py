@@ -29,8 +29,7 @@ def sidebar(contents):
 
 def notebooks():
     "The notebooks of the site, relative to nbs/."
-    paths = (p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb'))
-    return {p.as_posix() for p in paths if not any(part.startswith(('.', '_')) for part in p.parts)}
+    return {p.relative_to(root/'nbs').as_posix() for p in house.notebooks()}
 
 
 def check_sidebar():

@@ -23,6 +23,12 @@ def exported(nb):
     return next((f'wsol_nb.{m[1]}' for m in found if m), None)
 
 
+def notebooks(folder=root/'nbs'):
+    "The notebooks of the site below a folder; what begins with . or _ is none."
+    seen = lambda p: not any(part.startswith(('.', '_')) for part in p.relative_to(root/'nbs').parts)
+    return sorted(filter(seen, folder.rglob('*.ipynb')))
+
+
 def homes():
     "Module -> its notebook, in reading order."
     made = {exported(nb): nb for nb in sorted((root/'nbs').glob('[0-9]_*/[0-9]*.ipynb'))}

@@ -18,6 +18,8 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+import house
+
 root = Path(__file__).resolve().parent.parent
 EXPORTED, LESSON = 100, 90 # columns
 CELL, MEDIAN, UNTAUGHT = 25, 12, 60 # lines of exported code
@@ -97,8 +99,8 @@ def faults(nb):
 
 
 def notebooks(places):
-    found = [p for place in places for p in ([place] if place.suffix else sorted(place.rglob('*.ipynb')))]
-    return [p for p in found if not re.search(r'/[._]', str(p.relative_to(root)))]
+    "The notebooks that are named, and those of the folders that are."
+    return [p for place in places for p in ([place] if place.suffix else house.notebooks(place))]
 
 
 def figures(nbs):

@@ -42,7 +42,7 @@ def _check_labelled(df):
 
 def _check_negative(info):
     "Refuse negative classes that training has not."
-    strange = sorted(set(info.negative) - set(info.class_ids.tolist()))[:5]
+    strange = _strange([info.negative], info.class_ids)[:5]
     if not strange: return
     n = len(info.class_ids)
     raise ValueError(f'negative: classes {strange} are none of the {n} training classes')
