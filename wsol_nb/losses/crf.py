@@ -10,13 +10,12 @@ __all__ = ['crf_features', 'kernel_product', 'grid_product', 'dense_crf_energy',
 import math
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import expect
+from ..core import check_positive, expect
 from ..registry import did_you_mean
 
 # %% ../../nbs/4_losses/02_crf.ipynb #102d0504
@@ -156,12 +155,6 @@ def _choice(name, value, known):
         raise ValueError(f'{name}={value!r}: expected one of {known}; {did_you_mean(value, known)}')
     return value
 
-def _positive(name, value, most=math.inf):
-    ok = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
-    limit = '' if most == math.inf else f', at most {most:g}'
-    expect(ok and value <= most, name, value, f'a number above 0{limit}')
-    return float(value)
-
 def _whole(name, value, least, wanted):
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     expect(ok, name, value, wanted)
@@ -206,7 +199,7 @@ def dense_crf_energy(
 # %% ../../nbs/4_losses/02_crf.ipynb #7db3df46
 def _small(images, scale):
     "The size of images at a scale."
-    return tuple(max(1, round(_positive('scale', scale, 1)*n)) for n in images.shape[-2:])
+    return tuple(max(1, round(check_positive('scale', scale, 1)*n)) for n in images.shape[-2:])
 
 def _resize(x, size, weight=None):
     "(B,C,h,w) at another size: means of areas, bilinear where it grows; weighted by (B,1,h,w)."
@@ -255,11 +248,12 @@ class DenseCRFLoss(nn.Module):
         cell=None, # None: exact; or in linear time, on a grid with cells of so many sigmas (.75)
     ):
         super().__init__()
-        self.sigma_rgb = _positive('sigma_rgb', sigma_rgb)
-        self.sigma_xy, self.scale = _positive('sigma_xy', sigma_xy), _positive('scale', scale, 1)
+        self.sigma_rgb = check_positive('sigma_rgb', sigma_rgb)
+        self.sigma_xy = check_positive('sigma_xy', sigma_xy)
+        self.scale = check_positive('scale', scale, 1)
         self.normalise = _choice('normalise', normalise, NORMALISE)
         self.form, self.chunk = _choice('form', form, FORMS), _check_chunk(chunk)
-        self.cell = None if cell is None else _positive('cell', cell, 1)
+        self.cell = None if cell is None else check_positive('cell', cell, 1)
 
     def forward(self,
         images, # (B,3,H,W) float RGB in [0,1]
@@ -304,7 +298,7 @@ def lattice_weight(
     calibrated=(224, 224), # (H,W) of the images that `weight` was chosen on
 )->float:
     "About the weight that makes a `DenseCRFLoss` pull as the literature's does."
-    scale, N0 = _positive('scale', scale, 1), math.prod(calibrated)
+    scale, N0 = check_positive('scale', scale, 1), math.prod(calibrated)
     N = math.prod(max(1, round(scale*n)) for n in size)
     needed = _choice('normalise', normalise, NORMALISE) == 'kernel'
     expect(affinity is not None or not needed, 'affinity', affinity,

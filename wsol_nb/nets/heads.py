@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import expect
+from ..core import check_positive, expect
 from .model import Head
 from ..registry import head
 
@@ -29,13 +29,6 @@ class MaxHead(Head):
     "Global maximum of class maps (Oquab et al. 2015)."
     def pool(self, maps): return maps.flatten(2).max(-1).values # b,c
 
-# %% ../../nbs/2_training/03_heads.ipynb #da969d4b
-def _positive(name, value):
-    "A positive number, or a ValueError."
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    expect(number and 0 < value < math.inf, name, value, 'a number above 0')
-    return float(value)
-
 # %% ../../nbs/2_training/03_heads.ipynb #a9fd28e3
 @head(paper='Pinheiro & Collobert, CVPR 2015')
 class LSEHead(Head):
@@ -46,7 +39,7 @@ class LSEHead(Head):
         r:float=10., # sharpness: towards 0 the mean, towards infinity the maximum
     ):
         super().__init__(in_features, n_classes)
-        self.r = _positive('r', r)
+        self.r = check_positive('r', r)
 
     def pool(self, maps):
         m, flat = maps.amax((-2, -1)).detach(), maps.flatten(2) # b,c  b,c,n
@@ -182,7 +175,7 @@ class GeMHead(Head):
         eps:float=1e-6, # what counts as zero
     ):
         super().__init__(in_features, n_classes)
-        self.p, self.eps = _positive('p', p), _positive('eps', eps)
+        self.p, self.eps = check_positive('p', p), check_positive('eps', eps)
         expect(p >= 1, 'p', p, 'at least 1, the mean')
 
     def classify(self, features):
@@ -270,7 +263,7 @@ class SPNHead(Head):
         super().__init__(width, n_classes)
         expect(0 <= dropout < 1, 'dropout', dropout, '0 or more, below 1')
         self.in_features, self.wide = in_features, wide
-        self.locality = _positive('locality', locality)
+        self.locality = check_positive('locality', locality)
         groups = math.gcd(2, in_features, width)
         self.conv = nn.Conv2d(in_features, width, 3, padding=1, groups=groups)
         self.drop = nn.Dropout2d(dropout) # a channel dropped from the map is dropped from its mean
