@@ -25,6 +25,7 @@ from ..localize.mirrored import Mirrored, check_views
 from ..nets.decoder import FullMaps, FullModel
 from ..nets.heads import GAPHead
 from ..nets.model import Head
+from ..processes import barrier, every, share
 from ..registry import name_of
 from ..train.method import Method, method_from_dict
 from ..train.stages import SecondStage
@@ -60,7 +61,7 @@ def static_seeds(learn, localizer, method)->LabelStore:
     ds, device = learn.dls.train.dataset, learn.dls.device
     store, whole = LabelStore(Path(learn.path)/'seeds'), WSOLDataset(ds.df, ds.info)
     size = [ds.info.size//unwrap(learn.model).loss_stride]*2
-    turns = range(len(whole))
+    turns = share(len(whole))
     for i in progress_bar(turns) if len(whole) > 500 else turns:
         if ds.df.image_id[i] in store: continue
         x, y = whole[i]
@@ -68,6 +69,7 @@ def static_seeds(learn, localizer, method)->LabelStore:
         own = torch.Generator().manual_seed(ds.info.seed*1_000_003 + i)
         seeds = method.draw(localizer.raw(x[None].to(device), y), size, y, own)
         store.save(ds.df.image_id[i], seeds[0])
+    barrier() # those of all processes are there
     return store
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #3a4453f1
@@ -81,15 +83,21 @@ class _TermMeans(Callback):
 
     def before_epoch(self):
         self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
+        self.means = dict(self.sums)
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.sums[k] += v.item()
+        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
         self.steps += 1
 
-    def mean_of(self, k): return self.sums[k]/max(1, self.steps)
+    def after_train(self):
+        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
+        each = every(own) # processes
+        self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
+
+    def mean_of(self, k): return self.means[k]
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):
