@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import dijkstra
 from torch import nn
 
 from ..core import check_boxes, expect
+from ..processes import batch_count
 from ..data.worlds.base import mask_box
 
 # %% ../../nbs/4_losses/01_partial.ipynb #b91104bc
@@ -78,7 +79,8 @@ def partial_cross_entropy(
     with torch.autocast(logits.device.type, enabled=False):
         total = F.cross_entropy(widen(logits), labels, ignore_index=ignore, reduction='sum')
     if reduction == 'sum': return total
-    return total/(labels != ignore).sum().clamp(min=1)
+    labelled = batch_count((labels != ignore).sum(), len(labels))
+    return total/torch.where(labelled > 0, labelled, 1)
 
 # %% ../../nbs/4_losses/01_partial.ipynb #93f9277a
 class PartialCELoss(nn.Module):
