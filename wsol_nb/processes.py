@@ -95,8 +95,8 @@ def rand_images(
     "Uniform numbers in [0,1) for each image, the same however many processes share the batch."
     own, whole = _batch[-1] if _batch else (slice(0, n), n)
     if own.stop - own.start != n: # not the images of the step
-        return torch.rand(n, *shape, generator=generator)
-    return torch.rand(whole, *shape, generator=generator)[own]
+        return torch.rand(n, *shape, generator=generator, device='cpu')
+    return torch.rand(whole, *shape, generator=generator, device='cpu')[own]
 
 # %% ../nbs/0_ground/02_processes.ipynb #4702fea2
 def batch_count(

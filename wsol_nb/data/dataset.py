@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import expect, read_image
+from ..devices import is_any, send
 from ..processes import slice_of_batch
 from .geometry import RECIPES, draw_geometry, jitter_colours, to_tensor
 from .manifest import labels_of
@@ -116,8 +117,9 @@ def is_negative(self:DataInfo,
     y:torch.Tensor, # labels of a batch: positions (B,) or multi-hot (B,C)
 )->torch.Tensor: # (B,) bool
     "Which images are known to have no foreground, by their labels alone."
-    positive = torch.as_tensor(~np.isin(self.class_ids, self.negative), device=y.device)
-    return ~positive[y] if y.ndim == 1 else ~(y.bool() & positive).any(1)
+    negative = np.isin(self.class_ids, self.negative)
+    if y.ndim == 1: return is_any(y, negative.nonzero()[0])
+    return ~(y.bool() & send(torch.from_numpy(~negative), y.device)).any(1)
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #d321e1bb
 def _placed(stored, recipe, size, resize, geometry):

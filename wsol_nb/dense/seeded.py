@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 
 from ..core import expect
+from ..devices import without_waiting
 from ..data.dataset import WSOLDataset
 from ..data.stores import LabelStore
 from .seeds import merge_seeds, sample_seeds
@@ -22,6 +23,7 @@ from .terms import SumOfTerms, class_term, seed_term
 from ..localize.base import HeadMaps, Localizer, find_localizer, unwrap
 from ..localize.maps import to_score_maps
 from ..localize.mirrored import Mirrored, check_views
+from ..losses.partial import check_labels
 from ..nets.decoder import FullMaps, FullModel
 from ..nets.heads import GAPHead
 from ..nets.model import Head
@@ -82,22 +84,21 @@ class _TermMeans(Callback):
         self.learn.metrics = others + own
 
     def before_epoch(self):
-        self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
-        self.means = dict(self.sums)
+        self.seen = {k: [] for k in self.criterion.terms} # on the device until the epoch ends
+        self.means = {}
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
-        self.steps += 1
+        for k, v in self.criterion.values.items(): self.seen[k].append(v.detach())
 
     def after_train(self):
-        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
+        own = {k: torch.stack(v).mean().item() for k, v in self.seen.items() if v}
         each = every(own) # processes
         self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
 
-    def mean_of(self, k): return self.means[k]
+    def mean_of(self, k): return self.means.get(k, 0.)
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):
@@ -114,10 +115,17 @@ class DrawSeeds(_TermMeans):
 
     def after_pred(self):
         if not self.training: return
-        (y, *stored), size = self.yb, self.pred.full.shape[-2:]
-        if stored and stored[0].dtype == torch.int64: seeds = shrink_labels(stored[0], size)
-        else: seeds = self.method.draw(stored[0] if stored else self.raw(y), size, y)
+        y, *stored = self.yb
+        with without_waiting(): seeds = self.seeds(y, *stored)
+        if stored and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
         self.learn.yb = (y, self.x, seeds)
+
+    def seeds(self, y, stored=None):
+        "Labels as large as the trained map: stored ones, or drawn from stored or present maps."
+        size = self.pred.full.shape[-2:]
+        if stored is None: return self.method.draw(self.raw(y), size, y)
+        if stored.dtype == torch.int64: return shrink_labels(stored, size)
+        return self.method.draw(stored, size, y)
 
     def raw(self, y):
         "The localizer's maps; a frozen classifier's own are there already."

@@ -6,9 +6,12 @@
 __all__ = ['Target']
 
 # %% ../../nbs/1_evaluation/04_target.ipynb #3f018cfa
+import copy
+
 import torch
 
 from ..core import expect
+from ..devices import may_read, send
 
 # %% ../../nbs/1_evaluation/04_target.ipynb #af3beee6
 def _score_fn(target, n):
@@ -23,8 +26,9 @@ def _score_fn(target, n):
 
 # %% ../../nbs/1_evaluation/04_target.ipynb #27fdc470
 def _positions(target, n):
-    "Class positions as a tensor (n,) or (n,T); a single one stands for all."
-    idx = torch.as_tensor(target)
+    "Class positions as a tensor (n,) or (n,T) on the host; a single one stands for all."
+    idx = target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
+    if may_read(idx): idx = idx.cpu() # the one look at those that are on a device
     whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool)
     expect(whole, 'target.dtype', idx.dtype, 'class positions (int)', TypeError)
     if idx.ndim == 0: idx = idx.expand(n)
@@ -54,13 +58,14 @@ class Target:
         target,
         n:int, # batch size B
     ):
-        self.score_fn, self.index = _score_fn(target, n), None
+        self.score_fn, self.index, self.sound = _score_fn(target, n), None, False
         if target is not None and self.score_fn is None: self.index = _positions(target, n)
 
     def classes(self, logits)->torch.Tensor: # (B,) or (B,T) int64
         "The class positions; those of the top-1 where no target was given."
-        idx = logits.detach().argmax(1) if self.index is None else self.index.to(logits.device)
-        return _in_range(idx, logits.shape[1])
+        if self.index is None: return logits.detach().argmax(1)
+        if not self.sound and may_read(self.index): _in_range(self.index, logits.shape[1])
+        return send(self.index, logits.device)
 
     def scores(self, logits)->torch.Tensor: # (B,) or (B,T)
         "The scores that the map explains; differentiable."
@@ -70,7 +75,10 @@ class Target:
 
     def pinned(self, logits):
         "The same target with the top-1 of `logits` for None: for methods that run the net again."
-        return self if self.score_fn else Target(self.classes(logits), len(logits))
+        if self.score_fn: return self
+        same = copy.copy(self)
+        same.index, same.sound = self.classes(logits), True
+        return same
 
     def weights(self, logits)->torch.Tensor: # (B,C), only for a callable
         "How the score changes with each logit."

@@ -102,10 +102,10 @@ def _found(localizer, b, pick):
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #f4b868c9
 def _classes(logits, y):
-    "The top class's probability (B,), that class (B,), which of the top 5 is the true one (B,5)."
+    "Top class's probability (B,), that class (B,), which of the top 5 is true (B,5), y (B,)."
     prob = logits.softmax(1).max(1).values.cpu()
     top = logits.topk(min(5, logits.shape[1]), 1).indices
-    return prob, top[:, 0].cpu(), (top == y[:, None]).cpu().numpy()
+    return prob, top[:, 0].cpu(), (top == y[:, None]).cpu().numpy(), y.cpu()
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #50d570a4
 def _look(i, found, b, part, scorer, preset):
@@ -119,8 +119,8 @@ def _look(i, found, b, part, scorer, preset):
 # %% ../../nbs/1_evaluation/10_loop.ipynb #dea2ca82
 def _count(i, seen, b, part, scorer, classes):
     "Count image `i` of a batch, and give its row of the table, see `_COLUMNS`."
-    prob, top, right = classes
-    row, y, hit = int(b.rows[i]), int(b.y[i]), (right[i, 0], right[i].any())
+    prob, top, right, true = classes
+    row, y, hit = int(b.rows[i]), int(true[i]), (right[i, 0], right[i].any())
     f1 = scorer.count(seen, part.df.image_id[row], y, hit)
     ious = seen['boxes'].single.astype(np.float16) if 'boxes' in seen else None
     own = row, y, int(top[i]), float(prob[i]), bool(hit[0])
