@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core import expect
-from ..devices import draw, may_read
+from ..devices import draw, may_read, send
+from ..processes import rand_images
 
 # %% ../../nbs/6_dense/01_seeds.ipynb #aaaf6926
 def grey_levels(
@@ -137,8 +138,8 @@ def sample_seeds(
 )->torch.Tensor: # (B,H,W) int64: 0 background, 1 foreground, 255 ignored
     "Pixel labels drawn from maps. What both labels claim is ignored; a constant map gives none."
     expect(dilate >= 1 and dilate % 2 == 1, 'dilate', dilate, 'an odd whole number')
-    noise = draw((len(maps), 3, *maps.shape[1:]), generator, maps.device) # image by image
-    ties, *draws = noise.unbind(1)
+    noise = rand_images(len(maps), 3, *maps.shape[1:], generator=generator)
+    ties, *draws = send(noise, maps.device).unbind(1)
     parts = zip(seed_weights(maps, noise=ties, **weights), (n_fg, n_bg), draws)
     drawn = torch.stack([draw_pixels(w, n, u) for w, n, u in parts], 1).float() # b,2,h,w
     fg, bg = F.max_pool2d(drawn, dilate, 1, dilate//2).bool().unbind(1)
