@@ -1,8 +1,9 @@
-"""What a GPU would be asked, without one: nothing waits in a training step, and no more a batch than once a call.
+"""What a GPU would be asked, without one: nothing waits in a training step, nor an image in a localizer.
 
-tools/elsewhere.py pretends a device: numbers stay in main memory, all else is as if they were on a GPU, and each wait
-of the host is written down with the line that asked. MANY says which localizers wait more than once a call, and why.
-torch's own `meta` device has no numbers at all: what runs on it cannot have asked for one. NUMBERS says what does not.
+tools/elsewhere.py pretends a device: numbers stay in main memory, all else is as if they were on a GPU, and
+each wait of the host is written down with the line that asked. MANY says which localizers wait for more than
+the check of a target, and why. torch's own `meta` device has no numbers at all: what runs on it cannot have
+asked for one. NUMBERS says what does not.
 """
 import sys
 
@@ -116,14 +117,14 @@ def test_a_training_step_waits_for_nothing(name, dls, tmp_path):
 
 class Losses(Callback):
     "The loss of each training step, and whether its gradients are finite."
-    def before_fit(self): self.all, self.finite = [], []
+    def before_fit(self): self.of_steps, self.finite = [], []
 
     def after_backward(self):
         if self.training: self.finite += [p.grad.isfinite().all() for p in self.model.parameters()
                                           if p.grad is not None]
 
     def after_batch(self):
-        if self.training: self.all.append(self.learn.loss.detach())
+        if self.training: self.of_steps.append(self.learn.loss.detach())
 
 
 def here(name, dls, path, cbs=(), **fields):
@@ -131,7 +132,7 @@ def here(name, dls, path, cbs=(), **fields):
     seen = Losses()
     fit_quietly(copies.small_learner(name, dls, path, [seen, *cbs], **fields))
     assert seen.finite and all(seen.finite)
-    return torch.stack(seen.all)
+    return torch.stack(seen.of_steps)
 
 
 class Half(Callback):
@@ -188,7 +189,8 @@ def test_scoring_waits_a_batch_not_an_image(dls):
         with Elsewhere() as d:
             there = WSOLDataLoaders(*dls.loaders, device=d.device, info=dls.info)
             there.valid.bs = bs
-            evaluate(HeadMaps(d.move(copies.small_net(n_classes=dls.c))), there, 'test', tau_from=None, progress=False)
+            loc = HeadMaps(d.move(copies.small_net(n_classes=dls.c)))
+            evaluate(loc, there, 'test', tau_from=None, progress=False)
             counts[bs] = len(ours(waits(d.crossings)))*bs/4 # of four images
     assert counts[2] == counts[4] > 0
 
@@ -197,7 +199,7 @@ def test_scoring_waits_a_batch_not_an_image(dls):
 
 @pytest.mark.parametrize('name', copies.LOSSES)
 def test_a_loss_asks_once(name):
-    "By hand one wait for the sentence that says what is wrong; in a training step none; the numbers are the same."
+    "By hand one wait for the sentence that says what is wrong, in a training step none; the same numbers."
     loss, args = copies.LOSSES[name]()
     expected = loss(*args)
     with Elsewhere() as d:
@@ -209,7 +211,8 @@ def test_a_loss_asks_once(name):
         assert len(waits(d.crossings)) <= copies.BUSY.get(name, 0), said(d.crossings)
 
 
-def seeds_of(maps, **kw): return sample_seeds(maps, generator=torch.Generator().manual_seed(3), dilate=3, **kw)
+def seeds_of(maps, **kw):
+    return sample_seeds(maps, generator=torch.Generator().manual_seed(3), dilate=3, **kw)
 
 
 @pytest.mark.parametrize('kw', [{}, dict(fg='top', bg='published'), dict(fg='map', bg='complement')], ids=str)
@@ -218,7 +221,7 @@ def test_the_same_seeds_on_every_device(kw):
     with Elsewhere() as d:
         far = seeds_of(d.put(maps), **kw)
         same(d.look(far), seeds_of(maps, **kw), 0)
-        assert [c.kind for c in d.crossings] == ['to host', 'sent'] or said(d.crossings)
+        assert [c.kind for c in d.crossings] == ['sent', 'to host'], said(d.crossings)
         d.crossings.clear()
         with without_waiting(): seeds_of(d.put(maps), **kw)
         assert [c.kind for c in d.crossings] == ['sent']

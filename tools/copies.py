@@ -2,28 +2,30 @@
 
     python tools/bench.py copies
 
-Writes nbs/results/host_copies.csv: for each registered method what its training step asks of the device, for each
-localizer what a batch of two and of four images ask, for each loss a call with the numbers' check and without.
+Writes nbs/results/host_copies.csv: for each registered method what a training step asks of the device, for
+each localizer what batches of two and of four images ask, for each loss what a call by hand asks. Its rows of
+`before` are those of commit 79a17b1, with the autocast of a device that has none left out.
 """
-import csv
+import collections
+import inspect
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import torch
-from elsewhere import Elsewhere
+from elsewhere import WAITS, Elsewhere
 
 from wsol_nb.core import set_seed
 from wsol_nb.cam.gradient import GradCAM
-from wsol_nb.cam.score import ChannelLocalizer
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.worlds.tissue import TissueWorld
-from wsol_nb.dense.seeds import sample_seeds
 from wsol_nb.losses.constraints import Constraint, SizeLagrangian
 from wsol_nb.losses.crf import DenseCRFLoss, mean_field
 from wsol_nb.losses.partial import PartialCELoss
 from wsol_nb.nets.decoder import FullModel
 from wsol_nb.nets.model import wsol_model
 from wsol_nb.registry import entries
+from wsol_nb.results import Rows, origin
 from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.method import GAP, adam
 from fastai.callback.core import Callback
@@ -31,14 +33,14 @@ from fastai.learner import CastToTensor
 
 OUT = Path(__file__).resolve().parent.parent/'nbs/results/host_copies.csv'
 CALLS = dict(n=2, steps=2, of=GradCAM, channels=8, bs=4) # cheap settings of a localizer, where it has them
-EVERYTHING = dict(size=.1, crf_start=0) # of a method, where it has such a field: all of its terms from the start
+EVERYTHING = dict(size=.1, crf_start=0) # of a method, where it has such a field: all terms from the start
 
 
 def small_world(folder):
     "Loaders of 32 images of tissue, of which one class is without a lesion."
     world, few = TissueWorld(normal=True, image_size=(64, 64)), dict(n_train=24, n_val=4, n_test=4)
-    return WSOLDataLoaders.from_synth(Path(folder)/'world', world, dict(few, progress=False), size=64, resize=64,
-                                      bs=8)
+    few['progress'] = False
+    return WSOLDataLoaders.from_synth(Path(folder)/'world', world, few, size=64, resize=64, bs=8)
 
 
 # methods
@@ -58,13 +60,13 @@ def small_learner(name, dls, path, cbs=(), **fields):
 class CountSteps(Callback):
     "What each training step asked of the device, from a batch that is there to weights that have learnt."
     order = 1000
-    def __init__(self, device): self.device, self.each, self.losses = device, [], []
+    def __init__(self, device): self.device, self.each, self.values = device, [], []
     def before_epoch(self): self.device.crossings.clear()
 
     def after_batch(self):
         if not self.training: return
         self.each.append(list(self.device.crossings))
-        with torch.no_grad(): self.losses.append(self.device.look(self.learn.loss))
+        with torch.no_grad(): self.values.append(self.device.look(self.learn.loss))
         self.device.crossings.clear()
 
 
@@ -84,7 +86,7 @@ def training(name, dls, path, **fields):
         learn.model = d.move(learn.model)
         learn.remove_cb(CastToTensor) # fastai's check that a tensor is of no class of its own
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    return seen.each, torch.stack(seen.losses)
+    return seen.each, torch.stack(seen.values)
 
 
 # localizers
@@ -98,7 +100,6 @@ def small_net(needs='class maps', n_classes=5):
 
 def settings(kind):
     "The cheap settings that a localizer takes."
-    import inspect
     return {k: v for k, v in CALLS.items() if k in inspect.signature(kind.__init__).parameters}
 
 
@@ -141,6 +142,45 @@ LOSSES = {
     'spread': _constraint(statistic='spread', upper=.3, units='fraction'),
     'bounds': lambda: (Constraint(), [_probs(), torch.tensor([20., 100]).expand(2, 2, 1, 2).contiguous()]),
     'lagrangian': lambda: (SizeLagrangian(lower=20, upper=150), [_some(torch.randn, 2, 2, 12, 14)])}
-# more waits than one, and what is asked even in a training step: how large the grid is, whether the ascent is done
+# more waits than one, and those of a training step too: how large is the grid, is the ascent done?
 BY_HAND = {'crf grid': 3, 'bounds': 2, 'lagrangian': 60}
 BUSY = {'crf grid': 2, 'lagrangian': 60}
+
+
+# the table
+
+def row(what, name, of, crossings):
+    waits = [c for c in crossings if c.kind in WAITS]
+    ours = [c for c in waits if c.ours]
+    by = sorted(collections.Counter(c.where for c in ours).items())
+    return dict(what=what, name=name, of=of, waits=len(ours), sent=sum(c.kind == 'sent' for c in crossings),
+                waits_of_fastai=len(waits) - len(ours), by='; '.join(f'{n} {where}' for where, n in by))
+
+
+def asked(loss, args):
+    "What a call of a loss asked of the device."
+    with Elsewhere() as d:
+        far = [d.put(a) if isinstance(a, torch.Tensor) else a for a in args]
+        loss(*far)
+        return list(d.crossings)
+
+
+def rows():
+    "What each of them asks."
+    with tempfile.TemporaryDirectory() as folder:
+        dls = small_world(folder)
+        for name in entries('method'):
+            yield row('method', name, 'a training step', training(name, dls, folder)[0][-1])
+    for name in entries('localizer'):
+        for n in (2, 4): yield row('localizer', name, f'a call on {n} images', calling(name, n)[0])
+    for name, make in LOSSES.items(): yield row('loss', name, 'a call by hand', asked(*make()))
+
+
+def table(when='after'):
+    "Renew the rows of `when` in the CSV, and print them beside the others."
+    found = Rows(OUT)
+    new = [dict(when=when, **r, **origin('python tools/bench.py copies')) for r in rows()]
+    found.add(new, when=when)
+    df = pd.read_csv(OUT)
+    wide = df.pivot_table(index=['what', 'name', 'of'], columns='when', values=['waits', 'sent'], sort=False)
+    print(wide.to_string())

@@ -1,17 +1,19 @@
 """A pretend accelerator on a machine without one: it counts what crosses between host and device.
 
-Inside `with Elsewhere() as d`, `d.device` is a device whose tensors hold their numbers in main memory. Everything
-runs as on the CPU and gives the same numbers, but what would make the CPU wait for a GPU is written down with the
-line of code that asked for it: a number that is read (`.item()`, `bool(t)`, `float(t)`), tensors that are copied
-either way, results whose size depends on numbers (`nonzero`, a mask as an index), functions that CUDA checks on
-the host (`torch.equal`, `torch.linalg.eigh`). Tensors of both sides in one operation are an error, as on a GPU.
+Inside `with Elsewhere() as d`, `d.device` is a device whose tensors hold their numbers in main memory.
+Everything runs as on the CPU and gives the same numbers, but what would make the host wait for a GPU is
+written down with the line of code that asked for it: a number that is read (`.item()`, `bool(t)`,
+`f'{t:.2f}'`), tensors that are copied either way, results whose size depends on numbers (`nonzero`, a mask as
+an index), functions that CUDA checks on the host (`torch.equal`, `torch.linalg.eigh`). Tensors of both sides
+in one operation are an error.
 
     with Elsewhere() as d:
         net, x = d.move(net), d.put(x)
         loc(x, 1)
     print(d.crossings)
 
-The device is called 'lazy', because torch knows that name in every build and has nothing behind it.
+The device is called 'lazy', because torch knows that name in every build and has nothing behind it. What a
+GPU does by itself (allocations, kernels that wait) it does not know: `torch.cuda.set_sync_debug_mode` does.
 """
 import copy
 import traceback
@@ -24,9 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import wsol_nb
+
 NAME = 'lazy'
 aten = torch.ops.aten
-LIBRARY = str(Path(__file__).resolve().parent.parent/'wsol_nb')
+LIBRARY = str(Path(wsol_nb.__file__).parent)
 THEIRS = ('torch', 'fastai', 'timm', 'torchvision', 'fastcore', 'fastprogress')
 
 READS = {'_local_scalar_dense': 'read', 'equal': 'read', 'is_nonzero': 'read',
@@ -77,14 +81,15 @@ class There(torch.Tensor):
         return far
 
     def __repr__(self, **kw): return f'There({self.near})'
-    def __format__(self, spec): return format(self.item(), spec) if self.ndim == 0 else object.__format__(self, '')
+    def __format__(self, spec): return format(self.item() if self.ndim == 0 else repr(self), spec)
     def tolist(self): return self.cpu().tolist()
-    def numpy(self, **kw): raise TypeError("can't convert a tensor of the device to numpy. Use Tensor.cpu() first")
+    def numpy(self, **kw): raise TypeError("can't convert a tensor of the device to numpy, use Tensor.cpu()")
     def __array__(self, *args): return self.numpy()
 
     # what torch makes below the dispatcher, where no mode sees it
     def as_subclass(self, cls): return self # fastai's TensorBase adds nothing to numbers
-    def new_tensor(self, data, dtype=None): return torch.tensor(data, dtype=dtype or self.dtype).to(self.device)
+    def new_tensor(self, data, dtype=None):
+        return torch.tensor(data, dtype=dtype or self.dtype, device='cpu').to(self.device)
     def __getitem__(self, at): return super().__getitem__(_listed(at))
     def __setitem__(self, at, value): super().__setitem__(_listed(at), value)
 
@@ -192,8 +197,8 @@ class Elsewhere(TorchDispatchMode):
         if not far: return
         lost = [t for t in tensors if not isinstance(t, There) and t.ndim]
         if lost:
-            raise RuntimeError(f'{func}: expected all tensors to be on the same device, but found one of shape '
-                               f'{tuple(lost[0].shape)} on the cpu beside {self.device}')
+            raise RuntimeError(f'{func}: expected all tensors to be on the same device, but found one of '
+                               f'shape {tuple(lost[0].shape)} on the cpu beside {self.device}')
 
     def run(self, func, args, kwargs, there):
         known = {id(a.near): a for a in tree_flatten((args, kwargs))[0] if isinstance(a, There)}

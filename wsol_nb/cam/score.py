@@ -17,7 +17,7 @@ from torch import nn
 from .gradient import weighted_sum
 from .layers import LayerLocalizer, eager, hooked
 from ..core import expect, minmax
-from ..devices import draw, no_autocast
+from ..devices import draw, no_autocast, send
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/03_score.ipynb #6d5de40f
@@ -209,10 +209,14 @@ class SSCAM(ScoreCAM):
         expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
 
-    def masks(self, H):
-        gen = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.n):
-            yield H + self.std*draw((1, 1, *H.shape[-2:]), gen, H.device, normal=True).to(H.dtype)
+    def channel_weights(self, x, *args):
+        "The same noise for all, drawn and sent once."
+        gen, size = torch.Generator().manual_seed(self.seed), (1, 1, *x.shape[-2:])
+        noise = torch.stack([draw(size, gen, normal=True) for _ in range(self.n)])
+        self.noise = self.std*send(noise, x.device).to(x.dtype)
+        return super().channel_weights(x, *args)
+
+    def masks(self, H): return (H + noise for noise in self.noise)
 
 # %% ../../nbs/3_cam/03_score.ipynb #8faab28a
 @localizer(needs='features', passes='1 + n channels',

@@ -57,6 +57,11 @@ def _own_maps(seeder, pred, x, y):
     if not isinstance(seeder, Mirrored): return own
     return seeder.mean(own, lambda f: seeder.localizer.raw(x.flip(f), y))
 
+def _from_stored(method, stored, size, y):
+    "Seeds of a size from stored labels, or drawn from stored maps."
+    if stored.dtype == torch.int64: return shrink_labels(stored, size)
+    return method.draw(stored, size, y)
+
 # %% ../../nbs/6_dense/03_seeded.ipynb #ae2ca33d
 def static_seeds(learn, localizer, method)->LabelStore:
     "Seeds drawn once for each training image, kept in the run's folder; none is drawn twice."
@@ -84,21 +89,22 @@ class _TermMeans(Callback):
         self.learn.metrics = others + own
 
     def before_epoch(self):
-        self.seen = {k: [] for k in self.criterion.terms} # on the device until the epoch ends
-        self.means = {}
+        self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
+        self.means = dict(self.sums)
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.seen[k].append(v.detach())
+        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
+        self.steps += 1
 
     def after_train(self):
-        own = {k: torch.stack(v).mean().item() for k, v in self.seen.items() if v}
+        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
         each = every(own) # processes
         self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
 
-    def mean_of(self, k): return self.means.get(k, 0.)
+    def mean_of(self, k): return self.means[k]
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):
@@ -115,17 +121,12 @@ class DrawSeeds(_TermMeans):
 
     def after_pred(self):
         if not self.training: return
-        y, *stored = self.yb
-        with without_waiting(): seeds = self.seeds(y, *stored)
+        (y, *stored), size = self.yb, self.pred.full.shape[-2:]
+        with without_waiting():
+            if stored: seeds = _from_stored(self.method, stored[0], size, y)
+            else: seeds = self.method.draw(self.raw(y), size, y)
         if stored and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
         self.learn.yb = (y, self.x, seeds)
-
-    def seeds(self, y, stored=None):
-        "Labels as large as the trained map: stored ones, or drawn from stored or present maps."
-        size = self.pred.full.shape[-2:]
-        if stored is None: return self.method.draw(self.raw(y), size, y)
-        if stored.dtype == torch.int64: return shrink_labels(stored, size)
-        return self.method.draw(stored, size, y)
 
     def raw(self, y):
         "The localizer's maps; a frozen classifier's own are there already."

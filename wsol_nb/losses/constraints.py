@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import expect
-from ..devices import may_read, no_autocast
+from ..devices import made_beside, may_read, no_autocast
 from ..registry import did_you_mean
 from .partial import check_maps, describe, widen
 
@@ -139,11 +139,8 @@ def check_probs(
 ):
     "A ValueError where `probs` are no probability maps. NaN passes: a GradScaler has to see it."
     check_maps(probs, 'probs')
-    if not may_read(probs): return
-    odd = (probs < -1e-3) | (probs > 1 + 1e-3)
-    if odd.any():
-        odd = probs[odd]
-        raise ValueError(f'probs: got {odd[0].item():.4g} ({odd.numel()} values outside [0,1]); '
+    if may_read(probs) and (odd := (probs < -1e-3) | (probs > 1 + 1e-3)).any():
+        raise ValueError(f'probs: got {probs[odd][0]:.4g} ({odd.sum()} values outside [0,1]); '
                          'expected probabilities, such as logits.softmax(1)')
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #956002b5
@@ -152,11 +149,6 @@ def _side(name, value, K, none):
     values = [value]*K if value is None or isinstance(value, Real) else list(value)
     expect(len(values) == K, name, value, f'a number, or {K} of them, one a class')
     return [none if v is None else float(v) for v in values]
-
-def _made_there(v, numbers):
-    "A few numbers as a tensor beside `v`; a list of them would be copied, and waited for."
-    if len(set(numbers)) == 1: return v.new_full((len(numbers),), numbers[0])
-    return torch.stack([v.new_full((), n) for n in numbers])
 
 def _ordered(bounds):
     "The bounds, or a ValueError that names the first pair that is none."
@@ -181,8 +173,7 @@ def make_bounds(
         expect(given, 'bounds', bounds, '(B,K,m,2), since neither lower nor upper is given')
         ends = _side('lower', lower, K, -math.inf), _side('upper', upper, K, math.inf)
         _ordered(torch.tensor(ends, dtype=v.dtype, device='cpu').T[None, :, None])
-        a, b = [_made_there(v, side)[None, :, None].expand(v.shape) for side in ends]
-        return torch.stack([a, b], -1)
+        return torch.stack([made_beside(v, e)[None, :, None].expand(v.shape) for e in ends], -1)
     ok = isinstance(bounds, torch.Tensor) and bounds.shape == (*v.shape, 2)
     expect(ok, 'bounds', describe(bounds), f'a tensor of shape {(*v.shape, 2)} as (B,K,m,2)')
     return _ordered(bounds.to(v))
@@ -228,7 +219,7 @@ def _measure(statistic, units, probs): # b,k,m
     if callable(statistic): return statistic(probs)
     function, scale = STATISTICS[statistic]
     v = function(probs)
-    return v/_made_there(v, scale(*probs.shape[-2:])) if units == 'fraction' else v
+    return v/made_beside(v, scale(*probs.shape[-2:])) if units == 'fraction' else v
 
 def _cost(v, bounds, penalty, t): # b,k
     bounded = bounds.isfinite()
@@ -285,24 +276,21 @@ class SizePenalty(Constraint):
     "Quadratic penalty on sizes (Kervadec et al., MedIA 2019)."
     def __init__(self,
         lower=None, upper=None, # pixels; a number for all or one a class
-        norm:str='area', # as for `Constraint`
-        **kw, # the rest of `Constraint`
+        norm:str='area', **kw, # as for `Constraint`
     ): super().__init__('size', lower, upper, 'quadratic', norm=norm, **kw)
 
 class SizeBarrier(Constraint):
     "Extended log-barrier on sizes (Kervadec et al. 2019)."
     def __init__(self,
         lower=None, upper=None, # pixels; a number for all or one a class
-        norm:str='area', # as for `Constraint`
-        **kw, # the rest of `Constraint`
+        norm:str='area', **kw, # as for `Constraint`
     ): super().__init__('size', lower, upper, 'barrier', norm=norm, **kw)
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #30f93b3c
 class AbsoluteSizeBarrier(Constraint):
     "F-CAM's size term: no region of (B,2,H,W) maps vanishes, the mean of ψ_t(-size) in pixels."
-    def __init__(self,
-        t0:float=1., mu:float=1.01, t_max:float=10., # see `barrier_t`
-    ): super().__init__('size', 0, None, 'barrier', t0=t0, mu=mu, t_max=t_max)
+    def __init__(self, t0:float=1., mu:float=1.01, t_max:float=10.): # see `barrier_t`
+        super().__init__('size', 0, None, 'barrier', t0=t0, mu=mu, t_max=t_max)
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #5a9094a1
 def _feasible(bounds, N):
