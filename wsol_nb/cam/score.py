@@ -324,7 +324,8 @@ class AblationCAM(ChannelLocalizer):
         model, low = self.model, A.dtype in (torch.bfloat16, torch.float16)
         if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float()
         T = target.scores(logits).reshape(len(x), -1).shape[1]
-        w, at, kind = x.new_zeros(len(x), T, A.shape[1]), None, x.device.type
+        w = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32)
+        at, kind = None, x.device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not low):
             for i, ks in self.jobs(self.chosen_alive(A)):
                 one = slice(i, i + 1)
