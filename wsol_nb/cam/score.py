@@ -330,7 +330,7 @@ class AblationCAM(ChannelLocalizer):
         model, low = self.model, A.dtype in (torch.bfloat16, torch.float16)
         if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float()
         T = target.scores(logits).reshape(len(x), -1).shape[1]
-        w, at = x.new_zeros(len(x), T, A.shape[1]), None
+        w, at = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32), None
         with no_autocast(x.device) if low else nullcontext():
             for i, ks in self.jobs(self.chosen_alive(A)):
                 one = slice(i, i + 1)
