@@ -114,21 +114,42 @@ class _Carrier(TorchFunctionMode):
         return (self.kept(x)*(sign or 1)).relu()
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #ec61fa69
+def _unruled(mode, args):
+    "The operation without a rule that a tensor among the arguments has been through, or None."
+    return next((mode.lost[id(a)] for a in _tensors(args) if id(a) in mode.lost), None)
+
+def _found(mode, logits):
+    "r of the logits; an error where an operation without a rule stands between."
+    if lost := _unruled(mode, [logits]):
+        raise ValueError(f'ExcitationBackprop: {lost!r} has no excitation rule; it is defined for '
+                         'convolution, linear, BatchNorm, ReLU, pooling, addition and '
+                         'concatenation')
+    if id(logits) in mode.r: return mode.r[id(logits)]
+    raise ValueError(f'ExcitationBackprop: the logits do not come from {mode.name!r}')
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #0a2ec40b
 class _Excitation(_Carrier):
     "Applies to every call of the net the rule that it has for r."
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lost = {} # id -> name of the operation that had no rule
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '')
+        lost = _unruled(self, args)
         concerned = self.on and any(id(a) in self.r for a in _tensors(args))
-        if not concerned: return func(*args, **kwargs)
+        if not concerned and lost is None: return func(*args, **kwargs)
         # before an operation in place changes the values
-        rule = _RULES[name](self, func, args, kwargs) if name in _RULES else None
+        known = lost is None and name in _RULES
+        rule = _RULES[name](self, func, args, kwargs) if known else None
         out = func(*args, **kwargs)
-        if not isinstance(out, torch.Tensor): return out
-        if rule is None:
-            raise ValueError(f'ExcitationBackprop: {name!r} has no excitation rule; it is defined '
-                             'for convolution, linear, BatchNorm, ReLU, pooling, addition and '
-                             'concatenation')
-        return self.note(out, *rule)
+        if rule is not None and isinstance(out, torch.Tensor): return self.note(out, *rule)
+        for t in _tensors([out]): self.lose(t, lost or name)
+        return out
+
+    def lose(self, out, name):
+        self.held.append(out)
+        self.lost[id(out)] = name
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #d0e3378e
 def _starts(logits, target):
@@ -167,7 +188,7 @@ class ExcitationBackprop(LayerLocalizer):
         mode = _Excitation(self.layers[0], negate, graph)
         with torch.set_grad_enabled(graph), mode:
             seen = watch(self.model, self.layers, x, mode.start, self.door)
-        return seen, mode, mode.r[id(seen.logits)]
+        return seen, mode, _found(mode, seen.logits)
 
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):

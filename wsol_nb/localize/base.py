@@ -16,7 +16,8 @@ from torch import nn
 
 from ..core import check_boxes, expect
 from .maps import to_score_maps
-from .outputs import Door, check_check, finite_notes, note_finite, plain_tensor
+from .outputs import (
+    Door, check_check, finite_notes, note_finite, note_logits, plain_tensor)
 from .target import Target
 from ..registry import find, localizer
 
@@ -132,9 +133,10 @@ class Localizer:
         "Maps of `target`, neither resized nor normalised."
         if create_graph: _check_differentiable()
         x, target = _for_model(x, self.model), Target(target, len(x), self.classes)
-        with finite_notes(self.check), model_intact(self.model), _gradients(create_graph):
+        looking, still = finite_notes(self.check, self.door), model_intact(self.model)
+        with looking, still, _gradients(create_graph):
             logits, maps = self.compute(x, target, create_graph)
-            note_finite('logits', logits)
+            note_logits(logits)
             note_finite('maps', maps)
         self.logits = logits.detach().float()
         return maps.float() if create_graph else maps.detach().float()
@@ -247,8 +249,9 @@ class BoxLocalizer(Localizer):
     def boxes(self, x, target=None)->np.ndarray: # (B,4) int64 inclusive, in pixels of x
         "A box for each image."
         x, target = _for_model(x, self.model), Target(target, len(x), self.classes)
-        with finite_notes(self.check), model_intact(self.model), torch.set_grad_enabled(False):
+        looking, still = finite_notes(self.check, self.door), model_intact(self.model)
+        with looking, still, torch.set_grad_enabled(False):
             logits, boxes = self.compute_boxes(x, target)
-            note_finite('logits', logits)
+            note_logits(logits)
         self.logits = logits.detach().float()
         return check_boxes(boxes.cpu().numpy().round().astype(np.int64), x.shape[:1:-1])

@@ -48,7 +48,9 @@ class Mirrored(Localizer):
     def compute(self, x, target, create_graph):
         logits, maps = self.localizer.compute(x, target, create_graph)
         same = target.pinned(logits)
-        def of_flipped(axes): return self.localizer.compute(x.flip(axes), same, create_graph)[1]
+        def of_flipped(axes):
+            turned = x.flip(axes), same.flipped(axes)
+            return self.localizer.compute(*turned, create_graph)[1]
         return logits, self.mean(maps, of_flipped)
 
     def describe(self, preset=None):

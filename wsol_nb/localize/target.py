@@ -155,3 +155,12 @@ def weights(self:Target, logits)->torch.Tensor: # (B,C), only for a callable
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         return torch.autograd.grad(self.scores(leaf).sum(), leaf)[0]
+
+# %% ../../nbs/1_evaluation/04_target.ipynb #4bbe292f
+@patch
+def flipped(self:Target, axes): # -> Target
+    "The same target for images that are flipped along axes: scores of places are turned back."
+    if self.score_fn is None: return self
+    same, score = copy.copy(self), self.score_fn
+    same.score_fn = lambda logits: score(logits.flip(axes) if logits.ndim > 2 else logits)
+    return same
