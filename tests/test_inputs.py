@@ -1,7 +1,7 @@
-"""What goes into a localizer and what a model answers: every localizer, by the registry, on the forms that people have.
+"""What goes into a localizer and what a model answers: every localizer on the forms that people have.
 
-A small classifier is dressed as other libraries' answers; what each localizer makes of it must be what it makes of the
-classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
+A small classifier is dressed as other libraries answer; what each localizer makes of it must be what it makes of
+the classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
 """
 import warnings
 from types import SimpleNamespace
