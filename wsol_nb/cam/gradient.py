@@ -15,6 +15,7 @@ from torch import nn
 
 from .layers import LayerLocalizer
 from ..core import expect
+from ..devices import draw
 from ..registry import did_you_mean, localizer
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #5658bc7a
@@ -117,7 +118,7 @@ def _noisy(x, n, std, seed):
     "n copies of the images with noise of `std` of each one's range, the same for every image."
     span = x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
     gen = torch.Generator().manual_seed(seed)
-    for _ in range(n): yield x + std*span*torch.randn(x.shape[1:], generator=gen).to(x)
+    for _ in range(n): yield x + std*span*draw(x.shape[1:], gen, x.device, normal=True).to(x.dtype)
 
 # %% ../../nbs/3_cam/02_gradient.ipynb #c94381db
 def _mean_powers(loc, x, target, create_graph):

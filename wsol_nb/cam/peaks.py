@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core import expect
+from ..core import expect, plain_tensor
 from ..localize.base import class_names, model_intact, unwrap
-from ..localize.outputs import plain_tensor
 from ..localize.target import Target
 from ..nets.heads import find_peaks
 

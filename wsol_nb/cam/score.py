@@ -7,7 +7,7 @@ __all__ = ['fast_copy', 'ChannelLocalizer', 'ScoreCAM', 'SSCAM', 'ISCAM', 'Ablat
 
 # %% ../../nbs/3_cam/03_score.ipynb #f0f29719
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 from .gradient import weighted_sum
 from .layers import LayerLocalizer, eager, hooked
 from ..core import expect, minmax
+from ..devices import draw, no_autocast, send
 from ..localize.outputs import Door
 from ..registry import localizer
 
@@ -85,7 +86,8 @@ def _most_varying(A, most):
     "Each image's (k,) channels that vary, at most that many; and their share of the variance (B,)."
     var = A.flatten(2).var(2, correction=0).nan_to_num(0) # b,k
     order = var.argsort(dim=1, descending=True, stable=True)
-    asked = [o[:min(most or len(o), int((v > 0).sum()))] for o, v in zip(order, var)]
+    varying = (var > 0).sum(1).tolist() # one wait for the whole batch
+    asked = [o[:min(most or len(o), n)] for o, n in zip(order, varying)]
     kept = [v[o].sum()/v.sum().clamp(min=1e-30) for o, v in zip(asked, var)]
     return asked, torch.stack(kept)
 
@@ -214,10 +216,14 @@ class SSCAM(ScoreCAM):
         expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
 
-    def masks(self, H):
-        gen = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.n):
-            yield H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H)
+    def channel_weights(self, x, *args):
+        "The same noise for all, drawn and sent once."
+        gen, size = torch.Generator().manual_seed(self.seed), (1, 1, *x.shape[-2:])
+        noise = torch.stack([draw(size, gen, normal=True) for _ in range(self.n)])
+        self.noise = self.std*send(noise, x.device).to(x.dtype)
+        return super().channel_weights(x, *args)
+
+    def masks(self, H): return (H + noise for noise in self.noise)
 
 # %% ../../nbs/3_cam/03_score.ipynb #8faab28a
 @localizer(needs='features', passes='1 + n channels',
@@ -236,10 +242,10 @@ class ISCAM(ScoreCAM):
 
     def steps(self): # (n,)
         "The factors t of the mask."
-        t = torch.arange(1, self.n + 1)/self.n
+        t = torch.arange(1, self.n + 1, device='cpu')/self.n
         return t.cumsum(0) if self.cumulative else t
 
-    def masks(self, H): return (H*t.to(H) for t in self.steps())
+    def masks(self, H): return (H*t for t in self.steps().tolist())
 
 # %% ../../nbs/3_cam/03_score.ipynb #98a1ea5e
 def _parts(m):
@@ -294,7 +300,7 @@ def _answering(forwards):
 def _silenced(A, ks): # (k,K,h,w)
     "Copies of a layer's output (K,h,w), each without one of the channels `ks` (k,)."
     without = A.repeat(len(ks), 1, 1, 1)
-    without[range(len(ks)), ks] = 0
+    without[torch.arange(len(ks), device=ks.device), ks] = 0
     return without
 
 # %% ../../nbs/3_cam/03_score.ipynb #a6ed1f4e
@@ -333,8 +339,8 @@ class AblationCAM(ChannelLocalizer):
         model, low = self.model, A.dtype in (torch.bfloat16, torch.float16)
         if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float()
         T = target.scores(logits).reshape(len(x), -1).shape[1]
-        w, at, kind = x.new_zeros(len(x), T, A.shape[1]), None, x.device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not low):
+        w, at = x.new_zeros(len(x), T, A.shape[1]), None
+        with no_autocast(x.device) if low else nullcontext():
             for i, ks in self.jobs(self.chosen_alive(A)):
                 one = slice(i, i + 1)
                 if at != i: # the first channels of another image
@@ -349,4 +355,6 @@ class AblationCAM(ChannelLocalizer):
         "Channels to silence: all that are not silent already, or the budget."
         if self.channels is not None: return self.chosen(A)
         self.kept = torch.ones(len(A), device=A.device)
-        return [a.flatten(1).any(1).nonzero()[:, 0] for a in A]
+        alive = A.flatten(2).any(2) # b,k
+        first = alive.byte().argsort(dim=1, descending=True, stable=True)
+        return [o[:n] for o, n in zip(first, alive.sum(1).tolist())]

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import check_boxes, expect
+from ..core import check_boxes, expect, plain_tensor
+from ..devices import autocasts
 from .maps import to_score_maps
 from .outputs import (
-    Door, check_check, finite_notes, note_finite, note_logits, plain_tensor)
+    Door, check_check, finite_notes, note_finite, note_logits)
 from .target import Target
 from ..registry import find, localizer
 
@@ -78,7 +79,7 @@ def _for_model(x, model):
     p = next((p for p in model.parameters() if p.is_floating_point()), None)
     if p is None: return x
     if p.device != x.device: raise ValueError(f'x is on {x.device}, the model on {p.device}')
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(p.dtype)
+    return x if autocasts(x.device) else x.to(p.dtype)
 
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #64da7d11
 def _either(x, input_tensor, target, targets):

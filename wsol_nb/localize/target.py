@@ -11,7 +11,8 @@ import copy
 import torch
 from fastcore.basics import patch
 
-from ..core import expect
+from ..core import expect, plain_tensor
+from ..devices import may_read, send
 from ..registry import did_you_mean
 
 # %% ../../nbs/1_evaluation/04_target.ipynb #af3beee6
@@ -44,7 +45,9 @@ def _refuse_one_hot(idx):
 
 def _positions(target, n):
     "Class positions as a tensor (n,) or (n,T) on the host; a single one stands for all."
-    idx = torch.as_tensor(target).as_subclass(torch.Tensor).cpu()
+    idx = target if isinstance(target, torch.Tensor) else torch.as_tensor(target, device='cpu')
+    idx = plain_tensor(idx)
+    if may_read(idx): idx = idx.cpu() # the one look at those that are on a device
     whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool)
     expect(whole, 'target.dtype', idx.dtype, 'class positions (int)', TypeError)
     if idx.ndim == 0: idx = idx.expand(n)
@@ -81,7 +84,7 @@ class SegmentationTarget:
         category:int, # class position
         region, # (H,W) mask at the size of the net's answer, for all images; or (B,H,W)
     ):
-        region = torch.as_tensor(region).as_subclass(torch.Tensor)
+        region = plain_tensor(torch.as_tensor(region))
         expect(region.ndim in (2, 3), 'region.shape', tuple(region.shape), '(H,W) or (B,H,W)')
         empty = not region.flatten(-2).any(-1).all()
         expect(not empty, 'region', 'a mask without a pixel', 'a region of at least one pixel')
@@ -132,8 +135,8 @@ class Target:
         "The class positions; those of the top-1 where no target was given."
         _check_one_score(logits)
         if self.index is None: return logits.detach().argmax(1)
-        if not self.sound: _in_range(self.index, logits.shape[1])
-        return self.index.to(logits.device, non_blocking=True)
+        if not self.sound and may_read(self.index): _in_range(self.index, logits.shape[1])
+        return send(self.index, logits.device)
 
     def scores(self, logits)->torch.Tensor: # (B,) or (B,T)
         "The scores that the map explains; differentiable."
