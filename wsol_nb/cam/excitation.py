@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layers import LayerLocalizer, eager, feature_layer, plain_logits, watch
+from .layers import LayerLocalizer, eager, feature_layer, watch
 from ..core import expect
 from ..localize.base import Localizer
 from ..registry import localizer
@@ -135,8 +135,9 @@ def _starts(logits, target):
     "For each target the probability (B,C) the logits begin with; and whether there are several."
     scores, C = target.scores(logits), logits.shape[1]
     if target.score_fn:
-        w = target.weights(logits.float()).relu()
-        return [(w/w.sum(1, keepdim=True).clamp(min=1e-30)).to(logits.dtype)], False
+        w = target.weights(logits.float()).relu().flatten(1)
+        w = w/w.sum(1, keepdim=True).clamp(min=1e-30)
+        return [w.reshape(logits.shape).to(logits.dtype)], False
     columns = target.classes(logits).reshape(len(logits), -1).T # t,b
     return [F.one_hot(c, C).to(logits.dtype) for c in columns], scores.ndim == 2
 
@@ -155,16 +156,17 @@ class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016)."
     def __init__(self, model, layer=None,
         contrastive:bool=False, # subtract what excites the opposite of the class
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         self.contrastive = contrastive
 
     def excite(self, x, negate=None, graph=False):
         "A pass, and the relative activations after it."
-        self.layers = self.layers or [feature_layer(self.model, x)]
+        self.layers = self.layers or [feature_layer(self.model, x, self.door)]
         mode = _Excitation(self.layers[0], negate, graph)
         with torch.set_grad_enabled(graph), mode:
-            seen = watch(self.model, self.layers, x, mode.start)
+            seen = watch(self.model, self.layers, x, mode.start, self.door)
         return seen, mode, mode.r[id(seen.logits)]
 
     def compute(self, x, target, create_graph):
@@ -214,18 +216,18 @@ def _one_of(target, t):
     return score
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #51ec19fe
-def _through(model, x, gates=None):
+def _through(loc, x, gates=None):
     "A pass with gates: logits and the gates."
-    with eager(), _Gates(gates) as mode: logits = plain_logits(model(x))
+    with eager(), _Gates(gates) as mode: logits = loc.ask(x)
     if mode.gates: return logits, mode.gates
-    kind = type(model).__name__
+    kind = type(loc.model).__name__
     raise ValueError(f'FeedbackCAM: no ReLU ran in {kind}, so there is nothing to gate')
 
 def _served(loc, x, score, create_graph):
     "Map (B,H,W) and energy (steps+1,B) of one target an image."
     gates, energy = None, []
     for i in range(loc.steps + 1):
-        logits, gates = _through(loc.model, x, gates)
+        logits, gates = _through(loc, x, gates)
         s = score(logits)
         energy.append(_energy(s, gates, loc.lam))
         if i == loc.steps: break # the gates as they ended
@@ -245,8 +247,9 @@ class FeedbackCAM(Localizer):
         steps:int=10, # of gradient ascent
         step:float=.1, # largest change of a gate in a step
         lam:float=0., # price of an open gate, in units of the score
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model)
+        super().__init__(model, **kwargs)
         expect(steps >= 0, 'steps', steps, 'steps >= 0')
         expect(step > 0, 'step', step, 'step > 0')
         expect(lam >= 0, 'lam', lam, 'lam >= 0')
@@ -255,7 +258,7 @@ class FeedbackCAM(Localizer):
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.enable_grad():
             x = _leaf(x, create_graph)
-            logits = _through(self.model, x)[0].detach()
+            logits = _through(self, x)[0].detach()
             target, scores = target.pinned(logits), target.scores(logits)
             T, several = scores.reshape(len(x), -1).shape[1], scores.ndim == 2
             runs = [_served(self, x, _one_of(target, t), create_graph) for t in range(T)]

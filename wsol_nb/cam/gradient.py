@@ -40,6 +40,7 @@ def _off(logits, mean, W, b):
 
 def _linear_head(model, A, logits):
     "W (C,K) for which W mean(A) + b are the logits, and A (behind a ReLU if need be); or None."
+    if logits.ndim > 2: return None
     tol = .05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3
     for m in _heads(model, logits.shape[1], A.shape[1]):
         W = m.weight.flatten(1).float()
@@ -102,8 +103,9 @@ class GradCAMPlusPlus(LayerLocalizer):
     "Positive gradients, each weighted by α (Chattopadhay et al. 2018)."
     def __init__(self, model, layer=None,
         channel_norm:bool=False, # each channel's α sums to 1: the authors' code, not their paper
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         self.channel_norm = channel_norm
 
     def weigh(self, A, G):
@@ -137,8 +139,9 @@ class SmoothGradCAMPlusPlus(LayerLocalizer):
         n:int=4, # noisy copies
         std:float=.1, # of the noise, as a share of the image's own range
         seed:int=0, # of the noise
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         expect(n >= 1, 'n', n, 'at least one copy')
         expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
@@ -218,8 +221,8 @@ class EigenCAM(LayerLocalizer):
 # %% ../../nbs/3_cam/02_gradient.ipynb #410ffbb3
 class _Together(LayerLocalizer):
     "Several localizers that look at one pass; their maps are stacked after the batch dimension."
-    def __init__(self, model, parts, layer):
-        super().__init__(model, layer)
+    def __init__(self, model, parts, layer, **kwargs):
+        super().__init__(model, layer, **kwargs)
         self.parts = [p(self.model) for p in parts]
 
     def maps(self, seen, target, create_graph):
@@ -243,6 +246,7 @@ def localize_all(
     target=None, # as for a localizer
     layer=None, # as for a localizer
     create_graph:bool=False, # maps are to be differentiable
+    **kwargs # for `Localizer`
 )->dict: # name: maps (B,H,W) or (B,T,H,W) in [0,1]
     "The maps of several single-pass localizers from one forward and backward pass."
     listed = methods and not isinstance(methods, str)
@@ -253,5 +257,5 @@ def localize_all(
         near = did_you_mean(k, SINGLE_PASS)
         raise ValueError(f'methods: {m!r} is no single-pass localizer; {near}')
     parts = [SINGLE_PASS[k] for k in keys.values()]
-    maps = _Together(model, parts, layer)(x, target, create_graph)
+    maps = _Together(model, parts, layer, **kwargs)(x, target, create_graph)
     return dict(zip(keys, maps.unbind(1)))

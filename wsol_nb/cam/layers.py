@@ -15,6 +15,7 @@ from torch import nn
 from ..core import expect
 from ..registry import did_you_mean
 from ..localize.base import Localizer
+from ..localize.outputs import Door, note_finite
 
 # %% ../../nbs/3_cam/01_layers.ipynb #9c04c7f2
 @contextmanager
@@ -30,25 +31,13 @@ def eager():
     late = 'torch._dynamo' in sys.modules and getattr(torch.compiler, 'set_stance', None)
     return late('force_eager') if late else nullcontext()
 
-# %% ../../nbs/3_cam/01_layers.ipynb #de31fe47
-def _what(out):
-    "The shape of a tensor, or the type of what is none."
-    return tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-
-def plain_logits(out):
-    "What a model answered as logits (B,C)."
-    out = getattr(out, 'logits', out)
-    fits = isinstance(out, torch.Tensor) and out.ndim == 2
-    expect(fits, 'model(x)', _what(out), 'logits (B,C)', TypeError)
-    return out
-
 # %% ../../nbs/3_cam/01_layers.ipynb #fd5e7d69
-def _ran(model, x):
+def _ran(model, x, ask):
     "The modules that ran over `x` in their order, each with its output."
     ran = []
     def note(m, args, out):
         if isinstance(out, torch.Tensor): ran.append((m, out))
-    with torch.no_grad(), eager(), hooked(model.modules(), note): plain_logits(model(x))
+    with torch.no_grad(), eager(), hooked(model.modules(), note): ask(model, x)
     return ran
 
 def _spatial(out): return out.ndim == 4 and out[0, 0].numel() > 1
@@ -84,10 +73,11 @@ def _are_tokens(model, ran, last):
 def feature_layer(
     model:nn.Module, # any CNN whose forward gives logits (B,C)
     x, # (B,3,H,W); its first image is let through
+    ask=None, # `Door` that gives its logits; None: the obvious ones
 )->str: # dotted name
     "The name of the last layer whose output (B,K,h,w) is spatial, neither pooled nor class maps."
     names, kind = {m: n for n, m in model.named_modules()}, type(model).__name__
-    ran = _without_class_maps(_ran(model, x[:1]))
+    ran = _without_class_maps(_ran(model, x[:1], ask or Door()))
     last = _last_spatial(ran, names)
     if last is None:
         raise ValueError(f'layer=None: no layer of {kind} gives spatial features (B,K,h,w) for '
@@ -142,7 +132,14 @@ class Seen:
                 if g is None:
                     raise ValueError(f'layer={n!r}: no gradient of the scores reaches its output; '
                                      'does the forward pass detach, or ignore it?')
+            for gs in self._grads:
+                for g in gs: note_finite('gradients', g)
         return self._grads, scores.ndim == 2
+
+# %% ../../nbs/3_cam/01_layers.ipynb #47f54f53
+def _what(out):
+    "The shape of a tensor, or the type of what is none."
+    return tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
 
 # %% ../../nbs/3_cam/01_layers.ipynb #dcd1d4f1
 def _check_maps(out, name):
@@ -151,7 +148,7 @@ def _check_maps(out, name):
         raise ValueError(f'layer={name!r}: its output is {_what(out)}, not maps (B,K,h,w); '
                          'name an earlier layer')
 
-def watch(model, names, x, then=lambda out: out):
+def watch(model, names, x, then=lambda out: out, ask=None):
     "A forward pass whose graph begins at the first of the layers; earlier if gradients are on."
     modules = {model.get_submodule(n): n for n in names}
     acts = {}
@@ -160,7 +157,7 @@ def watch(model, names, x, then=lambda out: out):
         torch.set_grad_enabled(True) # the caller's `set_grad_enabled` ends it
         acts[modules[m]] = out = out if out.requires_grad else out.detach().requires_grad_()
         return then(out.clone())
-    with eager(), hooked(modules, keep): logits = plain_logits(model(x))
+    with eager(), hooked(modules, keep): logits = (ask or Door())(model, x)
     for n in names:
         if n not in acts: raise ValueError(f'layer={n!r}: it did not run in the forward pass')
     return Seen(x, logits, [acts[n] for n in names], names)
@@ -172,8 +169,9 @@ class _AtLayers(Localizer):
     def __init__(self,
         model, # a CNN whose forward gives logits (B,C), or a fastai Learner
         layer=None, # dotted name or module, for LayerCAM also a list; None: the last spatial layer
+        **kwargs # for `Localizer`: output, forward_kwargs, check, classes
     ):
-        super().__init__(model)
+        super().__init__(model, **kwargs)
         many = isinstance(layer, (list, tuple))
         if many and not (self.several_layers and layer):
             raise ValueError(f'layer: {type(self).__name__} takes one layer, got {len(layer)}')
@@ -182,8 +180,8 @@ class _AtLayers(Localizer):
 
     def watch(self, x):
         "One forward pass over `x`, with the layer found if need be."
-        if self.layers is None: self.layers = [feature_layer(self.model, x)]
-        return watch(self.model, self.layers, x)
+        if self.layers is None: self.layers = [feature_layer(self.model, x, self.door)]
+        return watch(self.model, self.layers, x, ask=self.door)
 
     def describe(self, preset=None):
         layers = 'found at the first call' if self.layers is None else ', '.join(self.layers)

@@ -17,10 +17,11 @@ from torch import nn
 from .gradient import weighted_sum
 from .layers import LayerLocalizer, eager, hooked
 from ..core import expect, minmax
+from ..localize.outputs import Door
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/03_score.ipynb #6d5de40f
-def _foldable(model, x):
+def _foldable(model, x, ask):
     "Pairs (convolution, BatchNorm): the second ran on the output of the first, each only once."
     outs, ran, pairs = {}, {}, []
     def note(m, args, out):
@@ -28,7 +29,7 @@ def _foldable(model, x):
         if isinstance(m, nn.Conv2d): outs[id(out)] = m, out
         elif args and id(args[0]) in outs: pairs.append((outs[id(args[0])][0], m))
     watched = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    with hooked(watched, note): model(x)
+    with hooked(watched, note): ask(model, x)
     return [(c, b) for c, b in pairs if ran[c] == ran[b] == 1 and b.running_mean is not None]
 
 def _fold(conv, bn):
@@ -46,10 +47,10 @@ def _rest(bn):
     if type(bn) is nn.BatchNorm2d: return nn.Identity()
     return nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') and hasattr(bn, 'drop') else None
 
-def _folded(model, x):
+def _folded(model, x, ask):
     "A copy whose BatchNorms are part of the convolutions before them."
     net = copy.deepcopy(model)
-    for conv, bn in _foldable(net, x):
+    for conv, bn in _foldable(net, x, ask):
         rest = _rest(bn)
         if rest is None: continue
         _fold(conv, bn)
@@ -69,11 +70,13 @@ def fast_copy(
     model:nn.Module, # in eval mode
     x, # (B,3,H,W) images to compare on
     dtype:torch.dtype=None, # e.g. torch.bfloat16; None: the model's own
+    ask=None, # `Door` that gives its logits; None: the obvious ones
 )->nn.Module: # a copy for inference
     "A copy in channels_last; BatchNorm is folded into convolutions unless the logits would differ."
-    expected = model(x)
-    net = _folded(model, x).to(memory_format=torch.channels_last)
-    if not _same_logits(net(x), expected):
+    ask = ask or Door()
+    expected = ask(model, x)
+    net = _folded(model, x, ask).to(memory_format=torch.channels_last)
+    if not _same_logits(ask(net, x), expected):
         net = copy.deepcopy(model).to(memory_format=torch.channels_last)
     return net if dtype is None else net.to(dtype)
 
@@ -110,8 +113,9 @@ class ChannelLocalizer(LayerLocalizer):
         channels:int=None, # budget: ask only that many, the ones that vary most; None: all
         bs:int=32, # channels a batch: bounds the memory
         progress:bool=False, # show a bar
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         for name, v in (('channels', channels), ('bs', bs)):
             counts = v is None or isinstance(v, int) and v >= 1
             expect(counts, name, v, 'a whole number of at least 1')
@@ -146,10 +150,11 @@ def _channel_masks(A, size): # (k,1,H,W)
 
 class _Masked:
     "Asks a fast copy of the model for the scores of images behind masks."
-    def __init__(self, model, x, target, logits, dtype):
+    def __init__(self, model, x, target, logits, dtype, ask):
         mean = getattr(model, 'mean', None)
         own = isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], 1, 1)
-        self.net, self.dtype = fast_copy(model, x[:1], dtype), dtype or x.dtype
+        self.net, self.dtype = fast_copy(model, x[:1], dtype, ask), dtype or x.dtype
+        self.ask = ask
         self.x, self.target, self.logits = x, target, logits
         self.blank = mean if own else x.new_zeros(1)
 
@@ -157,7 +162,7 @@ class _Masked:
         "Of image i behind each of the masks H (k,1,H,W)."
         masked = self.blank + (self.x[i:i + 1] - self.blank)*H
         masked = masked.to(self.dtype, memory_format=torch.channels_last)
-        return _scores_of(self.target, self.logits, i, self.net(masked))
+        return _scores_of(self.target, self.logits, i, self.ask(self.net, masked))
 
     def mean_scores(self, i, masks): # (T,k)
         "The same, averaged over several such H."
@@ -171,8 +176,9 @@ class ScoreCAM(ChannelLocalizer):
     "Channels weighted by the softmax of the scores of the images they mask (Wang et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
         dtype:torch.dtype=None, # of the passes, e.g. torch.bfloat16; None: the model's own
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer, channels, bs, progress)
+        super().__init__(model, layer, channels, bs, progress, **kwargs)
         self.dtype = dtype
 
     def masks(self, H): # iterable of (k,1,H,W)
@@ -180,7 +186,7 @@ class ScoreCAM(ChannelLocalizer):
         return [H]
 
     def channel_weights(self, x, A, target, logits):
-        ask, size = _Masked(self.model, x, target, logits, self.dtype), x.shape[-2:]
+        ask, size = _Masked(self.model, x, target, logits, self.dtype, self.door), x.shape[-2:]
         T = target.scores(logits).reshape(len(x), -1).shape[1]
         w = torch.full((len(x), T, A.shape[1]), -torch.inf, device=x.device) # not asked
         for i, ks in self.jobs(self.chosen(A)):
@@ -201,8 +207,9 @@ class SSCAM(ScoreCAM):
         n:int=35, # noisy masks a channel
         std:float=2., # of the noise; masks are in [0,1]
         seed:int=0, # of the noise
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer, channels, bs, progress, dtype)
+        super().__init__(model, layer, channels, bs, progress, dtype, **kwargs)
         expect(n >= 1, 'n', n, 'at least one mask')
         expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
@@ -221,8 +228,9 @@ class ISCAM(ScoreCAM):
         dtype:torch.dtype=None, # of the passes
         n:int=10, # steps
         cumulative:bool=False, # sum the steps up, as reference codes do: the last is (n+1)/2, not 1
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model, layer, channels, bs, progress, dtype)
+        super().__init__(model, layer, channels, bs, progress, dtype, **kwargs)
         expect(n >= 1, 'n', n, 'at least one step')
         self.n, self.cumulative = n, cumulative
 
@@ -246,13 +254,13 @@ def _beside(model, name):
     parts = [p for a in above for c in a.children() for p in _parts(c)]
     return [p for p in parts if p not in above and layer not in p.modules()]
 
-def _outputs_before(model, layer, beside, x):
+def _outputs_before(model, layer, beside, x, ask):
     "What each module beside the layer gave before it ran, call by call."
     memory, done = {}, []
     def note(m, args, out):
         if m is layer: done.append(1)
         elif not done: memory.setdefault(m, []).append(out)
-    with hooked(dict.fromkeys([*beside, layer]), note): model(x)
+    with hooked(dict.fromkeys([*beside, layer]), note): ask(model, x)
     return memory
 
 # %% ../../nbs/3_cam/03_score.ipynb #ae91c903
@@ -292,9 +300,9 @@ def _silenced(A, ks): # (k,K,h,w)
 # %% ../../nbs/3_cam/03_score.ipynb #a6ed1f4e
 class _Tail:
     "A net from a layer on, for one image: logits from the layer's output."
-    def __init__(self, model, name, x, A, logits):
-        self.model, self.layer, self.x = model, model.get_submodule(name), x
-        self.memory = _outputs_before(model, self.layer, _beside(model, name), x)
+    def __init__(self, model, name, x, A, logits, ask):
+        self.model, self.layer, self.x, self.ask = model, model.get_submodule(name), x, ask
+        self.memory = _outputs_before(model, self.layer, _beside(model, name), x, ask)
         if self.answers(A, logits): return
         self.memory = {} # something works in place on what was remembered: run the whole net
         if not self.answers(A, logits):
@@ -313,7 +321,8 @@ class _Tail:
         "Logits (k,C) for outputs A (k,K,h,w) of the layer, which the net may overwrite."
         forwards = {m: _replay(m.forward, outs, len(A)) for m, outs in self.memory.items()}
         forwards[self.layer] = lambda *args, **kw: A
-        with _answering(forwards): return self.model(self.x.expand(len(A), *self.x.shape[1:]))
+        copies = self.x.expand(len(A), *self.x.shape[1:])
+        with _answering(forwards): return self.ask(self.model, copies)
 
 # %% ../../nbs/3_cam/03_score.ipynb #274c3150
 @localizer(needs='features', passes='1 + channels',
@@ -329,7 +338,8 @@ class AblationCAM(ChannelLocalizer):
             for i, ks in self.jobs(self.chosen_alive(A)):
                 one = slice(i, i + 1)
                 if at != i: # the first channels of another image
-                    at, tail = i, _Tail(model, self.layers[0], x[one], A[one], logits[one])
+                    about = x[one], A[one], logits[one], self.door
+                    at, tail = i, _Tail(model, self.layers[0], *about)
                     whole = _scores_of(target, logits, i, tail(A[one].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T

@@ -34,9 +34,10 @@ class Mirrored(Localizer):
         views:int=2,
         **kwargs # for the localizer
     ):
-        super().__init__(model)
         kind = find_localizer(of) if isinstance(of, str) else of
-        self.localizer = kind(self.model, **kwargs)
+        self.localizer = kind(model, **kwargs)
+        own = dict(check=self.localizer.check, classes=self.localizer.classes)
+        super().__init__(model, **own)
         self.preset, self.flips = self.localizer.preset, VIEWS[check_views(views)]
 
     def mean(self, maps, of_flipped):
