@@ -56,9 +56,9 @@ class Layer(NamedTuple):
     why: str = '' # it was chosen
 
     def __str__(self):
-        call = '' if self.call is None else f', call {self.call}'
-        then = f', then {self.then}' if self.then else ''
-        return f'{self.name}{call}{then}{f" ({self.why})" if self.why else ""}'
+        place = self.name if self.call is None else f'{self.name}[{self.call}]'
+        place = f'{self.then}({place})' if self.then else place
+        return f'{place}: {self.why}' if self.why else place
 
 def check_call(call):
     "None, 'all' or a whole number, or a ValueError."
@@ -85,6 +85,7 @@ def channels_first(t, layout):
 
 def channels_as_in(A, layout):
     "The inverse, for a known layout."
+    expect(not callable(layout), 'layout', layout, "'bchw' or 'bhwc': a function has no inverse")
     return A.movedim(1, -1) if layout.endswith('c') else A
 
 def _one_axis(axes):
@@ -121,20 +122,18 @@ def find_layout(model, name, shape, axis, x, ask, last=False):
     raise ValueError(f'layer={name!r}: nothing tells whether its output {tuple(shape)} is {first} '
                      f'or {last}; say it with layout={first!r} or layout={last!r}')
 
-# %% ../../nbs/3_cam/01_choice.ipynb #7854cfcd
-def _rectified(step, seen):
-    "The module, run once, whose output a rectifying function made this step of; or None."
-    before = step.inputs[0] if step.op in RECTIFIERS else None
-    names = [n for n, _ in before.names if seen.runs[n] == 1] if before else []
-    return Layer(names[-1], then=step.op) if names and before.wide else None
+# %% ../../nbs/3_cam/01_choice.ipynb #e7b37a1e
+def _once(step, seen): return [n for n, _ in step.names if seen.runs[n] == 1]
 
 def _place(step, seen):
-    "The `Layer` that gives a step, or None."
-    once = [n for n, _ in step.names if seen.runs[n] == 1]
-    if once: return Layer(once[-1])
-    if (layer := _rectified(step, seen)) or not step.names: return layer
-    name, call = step.names[-1]
-    return Layer(name, call - seen.runs[name])
+    "The `Layer` that gives a step, run once if possible, or a rectifier right behind it; or None."
+    before = step.inputs[0] if step.op in RECTIFIERS and step.inputs[0].wide else None
+    if names := _once(step, seen): return Layer(names[-1])
+    if before and (names := _once(before, seen)): return Layer(names[-1], then=step.op)
+    for s, then in ((step, None), (before, step.op)):
+        if s and s.names:
+            name, call = s.names[-1]
+            return Layer(name, call - seen.runs[name], then)
 
 def _nearest(step, seen):
     "The nearest step before this one that a module gave, or None."
@@ -151,15 +150,22 @@ class Choice(NamedTuple):
     step: object
     notes: list
 
-def _several(layer, seen, others, cramped):
+def _said(layer, seen, others, cramped):
     "What is to be said of a choice that was not the only one possible."
     notes = []
     if layer.call is not None:
-        notes += [f'it runs {seen.runs[layer.name]} times, and no module around it runs once; '
-                  f'call {layer.call} is read, call= takes another']
-    if others: notes += [f'the classifier pools {", ".join(others)} too; layer= takes another']
-    if cramped: notes += ['for images of this size later layers have a single position']
+        notes += [f'it runs {seen.runs[layer.name]} times, and no module around it runs once; call '
+                  f'{layer.call} is read, layer= and call= choose another']
+    if others: notes += [f'the classifier pools {", ".join(others)} too; layer= chooses another']
+    if cramped: notes += ['in images of this size later layers have a single position']
     return notes
+
+def _why(end, step, others):
+    "Why the step was chosen, for `repr`."
+    why = 'what the classifier pools' if end.weighted else 'what the class maps are made of'
+    if step not in end.features(): why = f'the last module before {why}'
+    if end.cramped: why = 'the last layer with several positions in images of this size'
+    return f'{why} beside {", ".join(others)}' if others else why
 
 def _choose(end, seen):
     "The last of the steps that the classifier pools, or the nearest module before it; or None."
@@ -167,11 +173,9 @@ def _choose(end, seen):
     if not steps: return None
     step, layer = steps[-1], _place(steps[-1], seen)
     others = dict.fromkeys(str(_place(s, seen)) for s in steps)
-    others.pop(str(layer))
-    why = 'what the classifier pools' if end.weighted else 'what the class maps are made of'
-    if step not in end.features(): why = f'the last module before {why}'
-    notes = _several(layer, seen, list(others), end.cramped)
-    return Choice(layer._replace(why='; '.join([why, *notes])), step, notes)
+    others = [o for o in others if o != str(layer)]
+    notes = _said(layer, seen, others, end.cramped)
+    return Choice(layer._replace(why=_why(end, step, others)), step, notes)
 
 # %% ../../nbs/3_cam/01_choice.ipynb #d86d4ace
 _HEADS = {'fc', 'head', 'heads', 'classifier', 'pre_logits', 'last_linear', 'logits'}
@@ -212,6 +216,7 @@ def _no_layer(model, x):
 class Found(NamedTuple):
     "The layer that was found, its output if it was kept, the logits, and what is to be said."
     layer: Layer
+    call: int
     out: object
     logits: object
     notes: list
@@ -225,7 +230,8 @@ def find_features(model, x, ask):
     layer, step, notes = choice
     _refuse_tokens(model, layer, step, x)
     layout = find_layout(model, layer.name, step.shape, step.axis, x, ask, last=True)
-    return Found(layer._replace(layout=layout), seen.kept.get(step), logits, notes)
+    call = 0 if layer.call is None else seen.runs[layer.name] + layer.call
+    return Found(layer._replace(layout=layout), call, seen.kept.get(step), logits, notes)
 
 # %% ../../nbs/3_cam/01_choice.ipynb #17a9b07c
 def feature_layer(

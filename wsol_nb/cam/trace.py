@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/3_cam/00_trace.ipynb #88088018
+# %% ../../nbs/3_cam/00_trace.ipynb #cb2db44b
+import re
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -55,12 +56,14 @@ class Step:
         "What it was pooled from; where that are class maps, what they were made of."
         return self.front if self.weighted else _union(s.before for s in self.front)
 
-# %% ../../nbs/3_cam/00_trace.ipynb #7fbbfacd
-def _each(*names): return {f'{n}{d}d' for n in names for d in (1, 2, 3)}
+# %% ../../nbs/3_cam/00_trace.ipynb #5de7ba0a
+def each_size(*names):
+    "Names of functions of signals, images and volumes."
+    return {f'{n}{d}d' for n in names for d in (1, 2, 3)}
 
-_POOLS = _each('max_pool', 'avg_pool', 'lp_pool', 'adaptive_avg_pool', 'adaptive_max_pool')
-_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in _each('max_pool', 'adaptive_max_pool'))}
-_CONVS = _each('conv', 'conv_transpose')
+_POOLS = each_size('max_pool', 'avg_pool', 'lp_pool', 'adaptive_avg_pool', 'adaptive_max_pool')
+_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in each_size('max_pool', 'adaptive_max_pool'))}
+_CONVS = each_size('conv', 'conv_transpose')
 _FIRST = _POOLS | _CONVS | {'batch_norm', 'instance_norm', 'group_norm', 'interpolate',
                             'pixel_shuffle', 'pixel_unshuffle', 'feature_dropout'}
 _LAST = {'linear', 'layer_norm', 'rms_norm'}
@@ -179,7 +182,7 @@ def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
 # %% ../../nbs/3_cam/00_trace.ipynb #1190c43e
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten)
 
-def is_pool(m): return 'pool' in type(m).__name__.lower()
+def is_pool(m): return re.search(r'Pool(ing|Latent)?(\dd)?$', type(m).__name__) is not None
 
 def leaf(t):
     "The tensor with a graph behind it that begins here, if there is none yet."
