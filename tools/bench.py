@@ -1,12 +1,12 @@
 """Speed as ratios against a peer in the same run (make bench).
 
-    python tools/bench.py [boxes pixels birds training allocator cams ablation scorecam crf]
+    python tools/bench.py [boxes pixels birds training allocator cams ablation scorecam crf loaders]
 
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds),
 OpenCV and numba on one thread; for PxAP NumPy's histogram; for training the same model in torch's default
 memory format, and without `keep_memory`; for CAMs a plain no_grad forward pass, pytorch-grad-cam and
-torchcam; for the CRF loss a training step and its own approximation (written to nbs/results/crf_times.csv).
-All take some twenty minutes.
+torchcam; for the CRF loss a training step and its own approximation (written to nbs/results/crf_times.csv);
+for loaders torchvision's and fastai's (loader_times.py). All take some forty minutes.
 """
 import contextlib
 import csv
@@ -39,6 +39,7 @@ from wsol_nb.registry import entries
 from wsol_nb.results import hardware
 from wsol_nb.scoring.loop import make_report
 from wsol_nb.scoring.scorer import Scorer
+from loader_times import loaders
 
 
 def took(f):
@@ -338,7 +339,7 @@ def crf(n=8, out='nbs/results/crf_times.csv'):
 
 
 BENCHES = dict(boxes=boxes, pixels=pixels, birds=birds, training=training, allocator=allocator, cams=cams,
-               ablation=ablation, scorecam=scorecam, crf=crf)
+               ablation=ablation, scorecam=scorecam, crf=crf, loaders=loaders)
 
 if __name__ == '__main__':
     print({**hardware(), 'threads': torch.get_num_threads()})
