@@ -4,8 +4,8 @@
 
 The pictures are scenes of `ObjectsWorld` at 1000×750, with their grass and fur, and the same made smaller,
 as JPEGs of quality 92 in a temporary folder. All loaders do the same to them: squeezed to 256×256, a random
-crop of 224, a flip, floats in [0,1], batches of 32. They run in turns, so that they meet the same machine, and
-all in a process that keeps its memory (`keep_memory`, as in training on a CPU). What counts is the processor's
+crop of 224, a flip, floats in [0,1], batches of 32. They run in turns, so that they meet the same machine,
+in a process that keeps its memory (`keep_memory`, as in training on a CPU). What counts is the processor's
 time, that of workers and of their start with it, on one thread a process: images a second of a core.
 """
 import math

@@ -108,17 +108,19 @@ def _config(out, resume, given):
 # %% ../../nbs/9_tools/02_train.ipynb #5bde617d
 def _fit(learn, train, out, resume):
     "Train what is left of the epochs, and say so."
+    from wsol_nb.processes import ProcessLost
     from wsol_nb.train.fit import fit_left
+    go_on = f'wsol_train --out {out} --resume continues after the last finished epoch'
     try: done = fit_left(learn, train, out)
-    except KeyboardInterrupt:
-        raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last '
-                         'finished epoch') from None
+    except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; {go_on}') from None
+    except ProcessLost as e:
+        raise SystemExit(f'{e}; {go_on}, also with another number of processes') from None
     if not resume: return
     print(f'{done} of {train["epochs"]} epochs are done; '
           f'the settings are those of {out}/config.json')
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
-@command(names={'method': 'method', 'seeds': 'localizer'})
+@command(shared=True, names={'method': 'method', 'seeds': 'localizer'})
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several
