@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'is_first', 'barrier', 'every', 'first_only', 'share', 'slice_of_batch', 'batch_slice',
-           'rand_images', 'ProcessLost', 'losses_said', 'joined', 'check_joined']
+           'rand_images', 'batch_count', 'ProcessLost', 'losses_said', 'joined', 'check_joined']
 
 # %% ../nbs/0_ground/02_processes.ipynb #f1c830d3
 import os, signal, sys, threading
@@ -97,6 +97,18 @@ def rand_images(
     if own.stop - own.start != n: # not the images of the step
         return torch.rand(n, *shape, generator=generator, device='cpu')
     return torch.rand(whole, *shape, generator=generator, device='cpu')[own]
+
+# %% ../nbs/0_ground/02_processes.ipynb #4702fea2
+def batch_count(
+    count:torch.Tensor, # a number, e.g. of the labelled pixels of this process's images
+    n:int, # those images
+)->torch.Tensor:
+    "In a step of several processes the count of the whole batch, times this one's share of images."
+    own, whole = _batch[-1] if _batch else (slice(0, n), n)
+    if world_size() == 1 or own.stop - own.start != n: return count
+    total = count.detach().clone()
+    dist.all_reduce(total)
+    return total*(n/whole)
 
 # %% ../nbs/0_ground/02_processes.ipynb #5ad693fe
 def _backend():

@@ -89,22 +89,21 @@ class _TermMeans(Callback):
         self.learn.metrics = others + own
 
     def before_epoch(self):
-        self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
-        self.means = dict(self.sums)
+        self.seen = {k: [] for k in self.criterion.terms} # on the device until the epoch ends
+        self.means = {}
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
-        self.steps += 1
+        for k, v in self.criterion.values.items(): self.seen[k].append(v.detach())
 
     def after_train(self):
-        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
+        own = {k: torch.stack(v).mean().item() for k, v in self.seen.items() if v}
         each = every(own) # processes
         self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
 
-    def mean_of(self, k): return self.means[k]
+    def mean_of(self, k): return self.means.get(k, 0.)
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):

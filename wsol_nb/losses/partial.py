@@ -21,6 +21,7 @@ from torch import nn
 
 from ..core import check_boxes, expect
 from ..devices import may_read, no_autocast
+from ..processes import batch_count
 from ..data.worlds.base import mask_box
 
 # %% ../../nbs/4_losses/01_partial.ipynb #b91104bc
@@ -84,7 +85,8 @@ def partial_cross_entropy(
     with no_autocast(logits.device):
         total = F.cross_entropy(widen(logits), labels, ignore_index=ignore, reduction='sum')
     if reduction == 'sum': return total
-    return total/(labels != ignore).sum().clamp(min=1)
+    labelled = batch_count((labels != ignore).sum(), len(labels))
+    return total/torch.where(labelled > 0, labelled, 1)
 
 # %% ../../nbs/4_losses/01_partial.ipynb #93f9277a
 class PartialCELoss(nn.Module):
