@@ -75,8 +75,9 @@ class QuietMaps(HeadMaps):
     def __init__(self,
         model, # with `forward_maps`
         negative=(), # positions of the negative classes
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model)
+        super().__init__(model, **kwargs)
         self.negative = list(negative)
 
     def compute(self, x, target, create_graph):

@@ -89,21 +89,22 @@ class _TermMeans(Callback):
         self.learn.metrics = others + own
 
     def before_epoch(self):
-        self.seen = {k: [] for k in self.criterion.terms} # on the device until the epoch ends
-        self.means = {}
+        self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
+        self.means = dict(self.sums)
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.seen[k].append(v.detach())
+        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
+        self.steps += 1
 
     def after_train(self):
-        own = {k: torch.stack(v).mean().item() for k, v in self.seen.items() if v}
+        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
         each = every(own) # processes
         self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
 
-    def mean_of(self, k): return self.means.get(k, 0.)
+    def mean_of(self, k): return self.means[k]
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):

@@ -138,8 +138,8 @@ def sample_seeds(
 )->torch.Tensor: # (B,H,W) int64: 0 background, 1 foreground, 255 ignored
     "Pixel labels drawn from maps. What both labels claim is ignored; a constant map gives none."
     expect(dilate >= 1 and dilate % 2 == 1, 'dilate', dilate, 'an odd whole number')
-    noise = send(rand_images(len(maps), 3, *maps.shape[1:], generator=generator), maps.device)
-    ties, *draws = noise.unbind(1)
+    noise = rand_images(len(maps), 3, *maps.shape[1:], generator=generator)
+    ties, *draws = send(noise, maps.device).unbind(1)
     parts = zip(seed_weights(maps, noise=ties, **weights), (n_fg, n_bg), draws)
     drawn = torch.stack([draw_pixels(w, n, u) for w, n, u in parts], 1).float() # b,2,h,w
     fg, bg = F.max_pool2d(drawn, dilate, 1, dilate//2).bool().unbind(1)
