@@ -14,7 +14,7 @@ INSTALL = uv pip install --quiet --python $(BIN)/python
 endif
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test check quick bench docs look lab clean lock test-oldest test-newest
+.PHONY: help demo test check quick bench gpu wheels docs look lab clean lock test-oldest test-newest
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,13 @@ lock: $(VENV)/.dev ## renew constraints-oldest.txt and constraints-newest.txt
 
 bench: $(VENV)/.dev ## speed, as ratios against a peer in the same run
 	@$(BIN)/python tools/bench.py
+
+PY ?= python3
+gpu: ## on a machine with a CUDA device, no network needed: right and fast? PY=python3 WHEELS=wheels GPU="--parts training"
+	@$(PY) tools/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU)
+
+wheels: $(VENV)/.dev ## the folder wheels for make gpu: what a Python with torch, timm and the scientific stack may lack
+	@$(BIN)/python tools/wheels.py $(TO)
 
 docs: $(VENV)/.dev ## the site in _docs; without quarto, the processed notebooks and their links are checked
 	@$(BIN)/python tools/docs.py

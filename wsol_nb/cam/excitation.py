@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layers import LayerLocalizer, eager, feature_layer, watch
+from .choice import channels_first
+from .layers import LayerLocalizer
+from .trace import each_size, eager
 from ..core import expect
 from ..localize.base import Localizer
 from ..registry import localizer
@@ -52,7 +54,9 @@ def _max(mode, func, args, kwargs):
     "The winner takes all."
     x, keys = args[0], ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
     known = {k: v for k, v in kwargs.items() if k in keys}
-    at = F.max_pool2d_with_indices(x.detach(), *args[1:6], **known)[1]
+    pool = (F.max_pool1d_with_indices, F.max_pool2d_with_indices,
+            F.max_pool3d_with_indices)[x.ndim - 3]
+    at = pool(x.detach(), *args[1:6], **known)[1]
     r = mode.r[id(x)].flatten(2).gather(2, at.flatten(2)).view(at.shape)
     return r, mode.signed.get(id(x))
 
@@ -75,9 +79,9 @@ _RULES = {
                      '__getitem__'], _move),
     **dict.fromkeys(['cat', 'concat', 'concatenate'], _join),
     **dict.fromkeys(['add', 'add_', '__add__', '__iadd__', '__radd__'], _add),
-    **dict.fromkeys(['avg_pool2d', 'adaptive_avg_pool2d', 'mean'], _mean),
-    **dict.fromkeys(['max_pool2d', '_max_pool2d', 'max_pool2d_with_indices'], _max),
-    **dict.fromkeys(['conv2d', 'linear'], _weigh)}
+    **dict.fromkeys(each_size('avg_pool', 'adaptive_avg_pool') | {'mean'}, _mean),
+    **dict.fromkeys(each_size('max_pool') | {'_max_pool2d', 'max_pool2d_with_indices'}, _max),
+    **dict.fromkeys(each_size('conv') | {'linear'}, _weigh)}
 
 def _tensors(args):
     "The tensors among the arguments and in lists there."
@@ -93,7 +97,8 @@ class _Carrier(TorchFunctionMode):
         self.r, self.held, self.signed, self.n, self.on = {}, [], {}, 0, False
 
     def start(self, A):
-        self.on, self.first = True, torch.ones_like(A, requires_grad=True)
+        self.on, self.first = False, torch.ones_like(A, requires_grad=True)
+        self.on = True # of several calls of a layer the last one to be read begins it
         return self.note(A, self.first)
 
     def note(self, out, r, sign=None):
@@ -163,31 +168,30 @@ def _starts(logits, target):
     return [F.one_hot(c, C).to(logits.dtype) for c in columns], scores.ndim == 2
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #f703c739
-def _won(runs, P, create_graph): # (B,h,w)
+def _won(runs, P, layout, create_graph): # (B,h,w)
     "P at the layer, summed over channels; what the second of two passes excites is subtracted."
     at = [torch.autograd.grad(r, mode.first, P, retain_graph=True, create_graph=create_graph)[0]
           for mode, r in runs]
     p = at[0] if len(at) == 1 else (at[0] - at[1]).relu()
-    return p.float().sum(1)
+    return channels_first(p, layout).float().sum(1)
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #06a00e9c
 @localizer(needs='gradients, ReLU', passes='1 + gradient',
            paper='Zhang et al., ECCV 2016', bib='zhang2016excitation')
 class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016)."
+    several_layers = False
     def __init__(self, model, layer=None,
         contrastive:bool=False, # subtract what excites the opposite of the class
-        **kwargs # for `Localizer`
+        **kwargs # for `LayerLocalizer`
     ):
         super().__init__(model, layer, **kwargs)
         self.contrastive = contrastive
 
     def excite(self, x, negate=None, graph=False):
         "A pass, and the relative activations after it."
-        self.layers = self.layers or [feature_layer(self.model, x, self.door)]
-        mode = _Excitation(self.layers[0], negate, graph)
-        with torch.set_grad_enabled(graph), mode:
-            seen = watch(self.model, self.layers, x, mode.start, self.door)
+        mode = _Excitation(self.known(x)[0].name, negate, graph)
+        with torch.set_grad_enabled(graph), mode: seen = self.watch(x, mode.start)
         return seen, mode, _found(mode, seen.logits)
 
     def compute(self, x, target, create_graph):
@@ -197,7 +201,7 @@ class ExcitationBackprop(LayerLocalizer):
             starts, several = _starts(seen.logits, target)
             runs = [(mode, r)]
             if self.contrastive: runs.append(self.excite(x, mode.n - 1, create_graph)[1:])
-            maps = [_won(runs, P, create_graph) for P in starts]
+            maps = [_won(runs, P, seen.layers[0].layout, create_graph) for P in starts]
             return seen.logits, torch.stack(maps, 1) if several else maps[0]
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #aa22f31b

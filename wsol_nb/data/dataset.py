@@ -20,8 +20,10 @@ from PIL import Image
 from ..core import expect, read_image
 from ..devices import is_any, send
 from ..processes import slice_of_batch
-from .geometry import RECIPES, draw_geometry, jitter_colours, to_tensor
+from .batches import ByteBatch, Item, floats_first
+from .geometry import RECIPES, draw_colours, draw_geometry, jitter_colours, to_bytes
 from .manifest import labels_of
+from .pixels import crop_pixels, decode_small
 from .stores import MapStore, Truth
 from fastai.data.core import TfmdDL
 from fastai.torch_core import to_detach
@@ -95,6 +97,7 @@ class DataInfo:
     class_names: list = None     # (C,)
     recipe: str = 'photo'     # of `RECIPES`
     negative: list = ()       # class ids whose images have no foreground by definition
+    fast: bool = False        # training images are decoded small, see `data.pixels`
 
     def __post_init__(self): _complete(self)
 
@@ -152,23 +155,40 @@ def _named(info, v):
     return info.class_names[int(v)] if scalar else v
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #004c5daf
-def _jittered(img, ds, i):
-    "The image in other colours, where the recipe says so; drawn apart from crop and flip."
-    if not ds.recipe.jitter: return img
-    rng = np.random.default_rng([ds.info.seed, ds.epoch, i, 1])
-    return jitter_colours(img, rng, ds.recipe.jitter, ds.recipe.hue)
+def _colours(ds, i):
+    "The random numbers of an image's colours; drawn apart from crop and flip."
+    return np.random.default_rng([ds.info.seed, ds.epoch, i, 1])
 
+def _exact(ds, i, g):
+    "An image in full, resized by PIL and then cropped."
+    img = _opened(ds.source(i), ds.info.exif)
+    img = ds.recipe.place(img, ds.info.size, ds.info.resize, g)
+    jitter = g and ds.recipe.jitter
+    if jitter: img = jitter_colours(img, _colours(ds, i), jitter, ds.recipe.hue)
+    return Item(to_bytes(img))
+
+def _fast(ds, i, g):
+    "A training crop of an image that was decoded small; its colours are changed in the batch."
+    source, info, recipe = ds.source(i), ds.info, ds.recipe
+    need = np.broadcast_to(info.resize, 2)
+    on_disk = isinstance(source, (str, Path, bytes))
+    pixels, extent = (decode_small(source, need, info.exif) if on_disk
+                      else (np.array(_opened(source, info.exif)), None))
+    colours = draw_colours(_colours(ds, i), recipe.jitter, recipe.hue) if recipe.jitter else None
+    crop = crop_pixels(pixels, info.size, info.resize, g, extent)
+    return Item(crop, colours=colours)
+
+# %% ../../nbs/0_ground/14_dataset.ipynb #4fff8801
 def _item(ds, i):
     "Item `i` of a dataset: image, and label and map where it has them."
     if not 0 <= i < len(ds): raise IndexError(i)
-    g, size, resize = ds.geometry(i), ds.info.size, ds.info.resize
-    img = ds.recipe.place(_opened(ds.paths[i], ds.info.exif), size, resize, g)
-    if g: img = _jittered(img, ds, i)
-    item = (to_tensor(img),)
-    if ds.targets is not None: item += (torch.as_tensor(ds.targets[i]),)
-    if ds.maps is None: return item
+    g, info = ds.geometry(i), ds.info
+    item = (_fast if g and info.fast else _exact)(ds, i, g)
+    rest = () if ds.targets is None else (torch.as_tensor(ds.targets[i]),)
+    if ds.maps is None: return item._replace(rest=rest)
     stored = ds.maps.load(ds.df.image_id[i])
-    return item + (_placed(stored, ds.recipe, size, resize, g),)
+    placed = _placed(stored, ds.recipe, info.size, info.resize, g)
+    return item._replace(rest=(*rest, placed))
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #fe25c651
 class WSOLDataset:
@@ -187,7 +207,15 @@ class WSOLDataset:
         self.paths, self.targets = self.df['path'].tolist(), info.targets(df) if labelled else None
 
     def __len__(self): return len(self.paths)
-    def __getitem__(self, i): return _item(self, i)
+    def __getitem__(self, i): return tuple(part[0] for part in ByteBatch.of([self.raw(i)]).floats())
+
+    def raw(self, i)->Item:
+        "Item `i` on its way to a batch, its image as bytes."
+        return _item(self, i)
+
+    def source(self, i):
+        "Where the pixels of image `i` come from: a path, an array or a PIL image."
+        return self.paths[i]
 
     def geometry(self, i):
         "The crop and flip of image `i` in the present epoch; None outside training."
@@ -195,15 +223,22 @@ class WSOLDataset:
         room = np.subtract(self.info.resize, self.info.size)
         return draw_geometry(self.info.seed, self.epoch, i, room, self.recipe.vflip)
 
-    def decode(self, o, full=True):
-        "fastai's way from a predicted position to a class name."
-        return tuple(_named(self.info, v) for v in o)
+# %% ../../nbs/0_ground/14_dataset.ipynb #c5612c27
+@patch
+def decode(self:WSOLDataset, o, full=True):
+    "fastai's way from a predicted position to a class name."
+    return tuple(_named(self.info, v) for v in o)
 
-    def new_empty(self):
-        "The same without images: what `learn.export` keeps."
-        return WSOLDataset(self.df.iloc[:0], self.info, labelled=False)
+@patch
+def new_empty(self:WSOLDataset):
+    "The same without images: what `learn.export` keeps."
+    return WSOLDataset(self.df.iloc[:0], self.info, labelled=False)
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #076a2dce
+def _pinned(device):
+    "Whether batches for a device wait in pinned memory: where CUDA copies by itself."
+    return device is not None and torch.device(device).type == 'cuda'
+
 def _class_text(info, y):
     "The name of a label, or all names of a multi-hot row."
     names = info.class_names
@@ -224,11 +259,22 @@ def _show_images(images, titles, ncols, figsize):
 # %% ../../nbs/0_ground/14_dataset.ipynb #90f63dcf
 class WSOLDL(TfmdDL):
     "A fastai DataLoader over a `WSOLDataset`; `set_epoch` fixes order, crops and flips."
+    def __init__(self, dataset=None, *args, after_batch=None, **kwargs):
+        super().__init__(dataset, *args, after_batch=floats_first(after_batch), **kwargs)
+
     vocab = property(lambda self: self.dataset.info.class_names)
     part, whole = None, None # which images are this process's, of how many; None: all
     def set_epoch(self, epoch):
-        "The next pass is that of `epoch`."
+        "The next pass is that of `epoch`; workers are told, for each pass has new ones."
         self.dataset.epoch = epoch
+
+    def before_iter(self):
+        super().before_iter()
+        self.pin_memory = self.fake_l.pin_memory = _pinned(self.device)
+
+    def create_item(self, i): return self.dataset.raw(i or 0)
+    def create_batch(self, items): return ByteBatch.of(items, self.device)
+    def retain(self, res, b): return res
 
     def shuffle_fn(self, idxs):
         rng = np.random.default_rng([self.dataset.info.seed, self.dataset.epoch])
@@ -236,20 +282,24 @@ class WSOLDL(TfmdDL):
 
     def after_iter(self): self.dataset.epoch += self.dataset.train
 
-    def show_batch(self, b=None, max_n=9, ncols=None, figsize=None, titles=None, **kwargs):
-        "Images of a batch with their class names."
-        x, *y = b or self.one_batch()
-        n = min(max_n, len(x))
-        names = [_class_text(self.dataset.info, v) for v in y[0][:n]] if y else ['']*n
-        _show_images(x[:n], titles or names, ncols or math.ceil(math.sqrt(n)), figsize)
+# %% ../../nbs/0_ground/14_dataset.ipynb #e47c5a6b
+@patch
+def show_batch(self:WSOLDL, b=None, max_n=9, ncols=None, figsize=None, titles=None, **kwargs):
+    "Images of a batch with their class names."
+    x, *y = b or self.one_batch()
+    n = min(max_n, len(x))
+    names = [_class_text(self.dataset.info, v) for v in y[0][:n]] if y else ['']*n
+    _show_images(x[:n], titles or names, ncols or math.ceil(math.sqrt(n)), figsize)
 
-    def show_results(self, b, out, max_n=9, **kwargs):
-        "Images with true and predicted class."
-        info = self.dataset.info
-        if info.multi_label: return self.show_batch(b, max_n, **kwargs)
-        pred = out.argmax(1) if out.ndim == 2 else out
-        pairs = [(_class_text(info, y), _class_text(info, p)) for y, p in zip(b[1], pred)]
-        self.show_batch(b, max_n, titles=[f'{y}\n→ {p}' for y, p in pairs], **kwargs)
+@patch
+def show_results(self:WSOLDL, b, out, max_n=9, **kwargs):
+    "Images with true and predicted class."
+    info = self.dataset.info
+    if info.multi_label: return self.show_batch(b, max_n, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out # as `Interpretation` has it
+    pred = out.argmax(1) if out.ndim == 2 else out
+    pairs = [(_class_text(info, y), _class_text(info, p)) for y, p in zip(b[1], pred)]
+    self.show_batch(b, max_n, titles=[f'{y}\n→ {p}' for y, p in pairs], **kwargs)
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #4ff68d48
 @dataclass
@@ -323,6 +373,13 @@ class LocBatch(NamedTuple):
     rows: np.ndarray # (B,) which rows of `split.df`
     boxes: list      # per image (n,4) int64 on the grid
 
+# %% ../../nbs/0_ground/14_dataset.ipynb #0e728bc5
+class _Raw:
+    "A dataset's items on their way to a batch, for a plain torch DataLoader."
+    def __init__(self, ds): self.ds = ds
+    def __len__(self): return len(self.ds)
+    def __getitem__(self, i): return self.ds.raw(i)
+
 # %% ../../nbs/0_ground/14_dataset.ipynb #d3067618
 class LocalizableSplit(Truth):
     "A split with its boxes and masks on the evaluation grid; iterate for `LocBatch`es."
@@ -341,9 +398,11 @@ class LocalizableSplit(Truth):
         return part
 
     def __iter__(self):
-        order = dict(sampler=self.order.tolist(), num_workers=self.num_workers)
-        loader = torch.utils.data.DataLoader(self.dataset, self.bs, **order)
-        for n, (x, y) in enumerate(loader):
+        options = dict(sampler=self.order.tolist(), num_workers=self.num_workers)
+        options |= dict(collate_fn=ByteBatch.of, pin_memory=_pinned(self.device))
+        loader = torch.utils.data.DataLoader(_Raw(self.dataset), self.bs, **options)
+        for n, batch in enumerate(loader):
+            batch.device = self.device
+            x, y = batch.floats()
             rows = self.order[n*self.bs:n*self.bs + len(x)]
-            boxes = [self.boxes[i] for i in rows]
-            yield LocBatch(x.to(self.device), y.to(self.device), rows, boxes)
+            yield LocBatch(x, y, rows, [self.boxes[i] for i in rows])

@@ -133,6 +133,8 @@ class WSOLDataLoaders(DataLoaders):
         source:dict=None, # how these loaders were made, for the run's config
         recipe:str='photo', # photo or histology, see `RECIPES`
         negative=None, # class id or ids without foreground by definition; None: `df.attrs`'s
+        # decode training images no larger than needed, see `data.pixels`; None: where CUDA trains
+        fast:bool=None,
     ):
         "Loaders of a manifest table."
         resize = _resize(resize, size, df, recipe)
@@ -140,8 +142,9 @@ class WSOLDataLoaders(DataLoaders):
         expect(isinstance(bs, int) and bs >= 1, 'bs', bs, 'a whole number of at least 1')
         df, skipped = _sound(df, check, skip_bad, train, test)
         roles, device = _roles(df, train, valid, tune, test), device or default_device()
+        fast = torch.device(device).type == 'cuda' if fast is None else bool(fast)
         info = DataInfo(df, size, resize, seed, exif, roles, source or {}, skipped,
-                        recipe=recipe, negative=negative)
+                        recipe=recipe, negative=negative, fast=fast)
         loaders = _loaders(info, bs, num_workers, device, maps)
         return cls(*loaders, device=device, info=info)
 

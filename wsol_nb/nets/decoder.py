@@ -103,11 +103,16 @@ class _Encoded(nn.Module):
         return logits, maps, self.decoder([taps[i] for i in self.kept] + [features]*self.necked)
 
 # %% ../../nbs/2_training/04_decoder.ipynb #33293934
-class Prediction(NamedTuple):
-    "What a `FullModel` answers in training."
-    logits: torch.Tensor # (B,C)
+class _Parts(NamedTuple):
+    logits: torch.Tensor # (B,C) of the classifier
     maps: torch.Tensor   # (B,C,h,w) class maps of the classifier
     full: torch.Tensor   # (B,2,h,w) logits of the decoder; channel 1 is foreground
+
+class Prediction(_Parts):
+    "What a `FullModel` answers in training: `logits`, `maps` and `full`."
+    def __new__(cls, logits, maps=None, full=None):
+        parts = logits if isinstance(logits, list) else (logits, maps, full) # fastai gives a list
+        return super().__new__(cls, *parts)
 
 # %% ../../nbs/2_training/04_decoder.ipynb #7471e072
 class FullModel(_Encoded):

@@ -37,7 +37,8 @@ def run_config(
 )->dict:
     "What must be known to make the model and its data again."
     i = learn.dls.info
-    used = dict(size=i.size, resize=i.resize, seed=i.seed, roles=i.roles, bs=learn.dls.train.bs)
+    used = dict(size=i.size, resize=i.resize, seed=i.seed, roles=i.roles, fast=i.fast)
+    used |= dict(bs=learn.dls.train.bs)
     names = dict(class_ids=i.class_ids.tolist(), class_names=i.class_names)
     made = dict(versions=_versions(), hardware=hardware())
     return dict(schema=1, **learn.config, **names, data=i.source | used, **made) | more
@@ -97,7 +98,7 @@ def loaders_from_config(
     data:dict, # the `data` entry of a config
 )->WSOLDataLoaders:
     "The loaders that a config describes."
-    d = dict(data)
+    d = dict(fast=False) | data # a config without it means images decoded in full
     roles, kind = d.pop('roles'), d.pop('kind', None)
     roles = {k: v for k, v in roles.items() if v is not None}
     if kind == 'metadata':
