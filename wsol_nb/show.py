@@ -145,6 +145,8 @@ def _box_at(score_map, tau):
 def _example(r, localizer, part, report):
     "The image of a row of the per-image table, with its map made again."
     x, y = part.dataset[r.row]
+    places = report.protocol.get('classes') # the data's classes among the model's
+    y = y if places is None else torch.tensor(places)[y]
     raw = localizer.raw(x[None].to(part.device), y[None].to(part.device))[0].cpu().numpy()
     s = reference_score_map(raw, part.size, report.protocol['preset'])
     shown = Example(x, s, part.boxes[r.row], None, _title(r, report))

@@ -146,4 +146,5 @@ def load_run(
     n_classes, net = len(config['class_ids']), dict(stride=config['stride'], verbose=False)
     model = method.model(config['arch'], n_classes, **net)
     model.load_state_dict(load_file(file))
+    model.class_names = config['class_names']
     return Run(path, config, model.to(device).eval(), method)
