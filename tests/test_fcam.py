@@ -170,6 +170,7 @@ def test_stored_maps_are_used(dls, stage1, tmp_path):
         def after_pred(self):
             if self.training: seen.append(self.yb[2])
         def after_loss(self): pass
+        def after_train(self): pass
 
     fit(with_maps, tmp_path, stage1=stage1, erode=1, min_p=.4, cbs=[Look(None)])
     for labels in torch.cat(seen):

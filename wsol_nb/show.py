@@ -17,9 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from .core import check_boxes, check_score_map, expect
+from .core import check_boxes, check_score_map, expect, whole_file
 from .localize.maps import reference_score_map
 from .metrics.contours import level_boxes
+from .processes import first_only
 from .scoring.report import Report
 
 # %% ../nbs/1_evaluation/11_show.ipynb #84423b45
@@ -253,6 +254,7 @@ def _content(part):
     return f'<p>{part}</p>'
 
 # %% ../nbs/1_evaluation/11_show.ipynb #cec5b47a
+@first_only
 def write_html(
     path, # of the page
     title:str, # its heading
@@ -264,10 +266,8 @@ def write_html(
         body += f'<h2>{html.escape(heading)}</h2>' + ''.join(map(_content, contents))
     head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
     page = f'<!doctype html><html lang="en">{head}<body><h1>{title}</h1>{body}</body></html>'
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding='utf-8')
-    return path
+    with whole_file(path) as part: part.write_text(page, encoding='utf-8')
+    return Path(path)
 
 # %% ../nbs/1_evaluation/11_show.ipynb #acf39800
 def _legend(report):

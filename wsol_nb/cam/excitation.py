@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .layers import LayerLocalizer, eager, feature_layer, plain_logits, watch
+from .choice import channels_first
+from .layers import LayerLocalizer
+from .trace import each_size, eager
 from ..core import expect
 from ..localize.base import Localizer
 from ..registry import localizer
@@ -52,7 +54,9 @@ def _max(mode, func, args, kwargs):
     "The winner takes all."
     x, keys = args[0], ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode')
     known = {k: v for k, v in kwargs.items() if k in keys}
-    at = F.max_pool2d_with_indices(x.detach(), *args[1:6], **known)[1]
+    pool = (F.max_pool1d_with_indices, F.max_pool2d_with_indices,
+            F.max_pool3d_with_indices)[x.ndim - 3]
+    at = pool(x.detach(), *args[1:6], **known)[1]
     r = mode.r[id(x)].flatten(2).gather(2, at.flatten(2)).view(at.shape)
     return r, mode.signed.get(id(x))
 
@@ -75,9 +79,9 @@ _RULES = {
                      '__getitem__'], _move),
     **dict.fromkeys(['cat', 'concat', 'concatenate'], _join),
     **dict.fromkeys(['add', 'add_', '__add__', '__iadd__', '__radd__'], _add),
-    **dict.fromkeys(['avg_pool2d', 'adaptive_avg_pool2d', 'mean'], _mean),
-    **dict.fromkeys(['max_pool2d', '_max_pool2d', 'max_pool2d_with_indices'], _max),
-    **dict.fromkeys(['conv2d', 'linear'], _weigh)}
+    **dict.fromkeys(each_size('avg_pool', 'adaptive_avg_pool') | {'mean'}, _mean),
+    **dict.fromkeys(each_size('max_pool') | {'_max_pool2d', 'max_pool2d_with_indices'}, _max),
+    **dict.fromkeys(each_size('conv') | {'linear'}, _weigh)}
 
 def _tensors(args):
     "The tensors among the arguments and in lists there."
@@ -93,7 +97,8 @@ class _Carrier(TorchFunctionMode):
         self.r, self.held, self.signed, self.n, self.on = {}, [], {}, 0, False
 
     def start(self, A):
-        self.on, self.first = True, torch.ones_like(A, requires_grad=True)
+        self.on, self.first = False, torch.ones_like(A, requires_grad=True)
+        self.on = True # of several calls of a layer the last one to be read begins it
         return self.note(A, self.first)
 
     def note(self, out, r, sign=None):
@@ -114,58 +119,80 @@ class _Carrier(TorchFunctionMode):
         return (self.kept(x)*(sign or 1)).relu()
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #ec61fa69
+def _unruled(mode, args):
+    "The operation without a rule that a tensor among the arguments has been through, or None."
+    return next((mode.lost[id(a)] for a in _tensors(args) if id(a) in mode.lost), None)
+
+def _found(mode, logits):
+    "r of the logits; an error where an operation without a rule stands between."
+    if lost := _unruled(mode, [logits]):
+        raise ValueError(f'ExcitationBackprop: {lost!r} has no excitation rule; it is defined for '
+                         'convolution, linear, BatchNorm, ReLU, pooling, addition and '
+                         'concatenation')
+    if id(logits) in mode.r: return mode.r[id(logits)]
+    raise ValueError(f'ExcitationBackprop: the logits do not come from {mode.name!r}')
+
+# %% ../../nbs/3_cam/04_excitation.ipynb #0a2ec40b
 class _Excitation(_Carrier):
     "Applies to every call of the net the rule that it has for r."
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lost = {} # id -> name of the operation that had no rule
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, '__name__', '')
+        lost = _unruled(self, args)
         concerned = self.on and any(id(a) in self.r for a in _tensors(args))
-        if not concerned: return func(*args, **kwargs)
+        if not concerned and lost is None: return func(*args, **kwargs)
         # before an operation in place changes the values
-        rule = _RULES[name](self, func, args, kwargs) if name in _RULES else None
+        known = lost is None and name in _RULES
+        rule = _RULES[name](self, func, args, kwargs) if known else None
         out = func(*args, **kwargs)
-        if not isinstance(out, torch.Tensor): return out
-        if rule is None:
-            raise ValueError(f'ExcitationBackprop: {name!r} has no excitation rule; it is defined '
-                             'for convolution, linear, BatchNorm, ReLU, pooling, addition and '
-                             'concatenation')
-        return self.note(out, *rule)
+        if rule is not None and isinstance(out, torch.Tensor): return self.note(out, *rule)
+        for t in _tensors([out]): self.lose(t, lost or name)
+        return out
+
+    def lose(self, out, name):
+        self.held.append(out)
+        self.lost[id(out)] = name
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #d0e3378e
 def _starts(logits, target):
     "For each target the probability (B,C) the logits begin with; and whether there are several."
     scores, C = target.scores(logits), logits.shape[1]
     if target.score_fn:
-        w = target.weights(logits.float()).relu()
-        return [(w/w.sum(1, keepdim=True).clamp(min=1e-30)).to(logits.dtype)], False
+        w = target.weights(logits.float()).relu().flatten(1)
+        w = w/w.sum(1, keepdim=True).clamp(min=1e-30)
+        return [w.reshape(logits.shape).to(logits.dtype)], False
     columns = target.classes(logits).reshape(len(logits), -1).T # t,b
     return [F.one_hot(c, C).to(logits.dtype) for c in columns], scores.ndim == 2
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #f703c739
-def _won(runs, P, create_graph): # (B,h,w)
+def _won(runs, P, layout, create_graph): # (B,h,w)
     "P at the layer, summed over channels; what the second of two passes excites is subtracted."
     at = [torch.autograd.grad(r, mode.first, P, retain_graph=True, create_graph=create_graph)[0]
           for mode, r in runs]
     p = at[0] if len(at) == 1 else (at[0] - at[1]).relu()
-    return p.float().sum(1)
+    return channels_first(p, layout).float().sum(1)
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #06a00e9c
 @localizer(needs='gradients, ReLU', passes='1 + gradient',
            paper='Zhang et al., ECCV 2016', bib='zhang2016excitation')
 class ExcitationBackprop(LayerLocalizer):
     "The probability of each position to have won for the class (Zhang et al. 2016)."
+    several_layers = False
     def __init__(self, model, layer=None,
         contrastive:bool=False, # subtract what excites the opposite of the class
+        **kwargs # for `LayerLocalizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         self.contrastive = contrastive
 
     def excite(self, x, negate=None, graph=False):
         "A pass, and the relative activations after it."
-        self.layers = self.layers or [feature_layer(self.model, x)]
-        mode = _Excitation(self.layers[0], negate, graph)
-        with torch.set_grad_enabled(graph), mode:
-            seen = watch(self.model, self.layers, x, mode.start)
-        return seen, mode, mode.r[id(seen.logits)]
+        mode = _Excitation(self.known(x)[0].name, negate, graph)
+        with torch.set_grad_enabled(graph), mode: seen = self.watch(x, mode.start)
+        return seen, mode, _found(mode, seen.logits)
 
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
@@ -174,7 +201,7 @@ class ExcitationBackprop(LayerLocalizer):
             starts, several = _starts(seen.logits, target)
             runs = [(mode, r)]
             if self.contrastive: runs.append(self.excite(x, mode.n - 1, create_graph)[1:])
-            maps = [_won(runs, P, create_graph) for P in starts]
+            maps = [_won(runs, P, seen.layers[0].layout, create_graph) for P in starts]
             return seen.logits, torch.stack(maps, 1) if several else maps[0]
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #aa22f31b
@@ -214,18 +241,18 @@ def _one_of(target, t):
     return score
 
 # %% ../../nbs/3_cam/04_excitation.ipynb #51ec19fe
-def _through(model, x, gates=None):
+def _through(loc, x, gates=None):
     "A pass with gates: logits and the gates."
-    with eager(), _Gates(gates) as mode: logits = plain_logits(model(x))
+    with eager(), _Gates(gates) as mode: logits = loc.ask(x)
     if mode.gates: return logits, mode.gates
-    kind = type(model).__name__
+    kind = type(loc.model).__name__
     raise ValueError(f'FeedbackCAM: no ReLU ran in {kind}, so there is nothing to gate')
 
 def _served(loc, x, score, create_graph):
     "Map (B,H,W) and energy (steps+1,B) of one target an image."
     gates, energy = None, []
     for i in range(loc.steps + 1):
-        logits, gates = _through(loc.model, x, gates)
+        logits, gates = _through(loc, x, gates)
         s = score(logits)
         energy.append(_energy(s, gates, loc.lam))
         if i == loc.steps: break # the gates as they ended
@@ -245,8 +272,9 @@ class FeedbackCAM(Localizer):
         steps:int=10, # of gradient ascent
         step:float=.1, # largest change of a gate in a step
         lam:float=0., # price of an open gate, in units of the score
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model)
+        super().__init__(model, **kwargs)
         expect(steps >= 0, 'steps', steps, 'steps >= 0')
         expect(step > 0, 'step', step, 'step > 0')
         expect(lam >= 0, 'lam', lam, 'lam >= 0')
@@ -255,7 +283,7 @@ class FeedbackCAM(Localizer):
     def compute(self, x, target, create_graph):
         with torch.inference_mode(False), torch.enable_grad():
             x = _leaf(x, create_graph)
-            logits = _through(self.model, x)[0].detach()
+            logits = _through(self, x)[0].detach()
             target, scores = target.pinned(logits), target.scores(logits)
             T, several = scores.reshape(len(x), -1).shape[1], scores.ndim == 2
             runs = [_served(self, x, _one_of(target, t), create_graph) for t in range(T)]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core import expect
-from ..localize.base import model_intact, unwrap
+from ..core import expect, plain_tensor
+from ..localize.base import class_names, model_intact, unwrap
 from ..localize.target import Target
 from ..nets.heads import find_peaks
 
@@ -89,7 +89,8 @@ def peak_responses(
     responses:bool=True, # walk back from each peak; False: only find them
 )->list: # of `Peaks`, one an image
     "Peaks of a class in each image and what each of them saw; a backward pass for each peak."
-    model, want, out = unwrap(model), Target(target, len(x)), []
+    x, names = plain_tensor(x), class_names(model)
+    model, want, out = unwrap(model), Target(target, len(x), names), []
     if not hasattr(model, 'forward_maps'):
         kind = type(model).__name__
         raise TypeError(f'model: {kind} has no forward_maps, so it has no class maps')

@@ -7,49 +7,63 @@ __all__ = ['fast_copy', 'ChannelLocalizer', 'ScoreCAM', 'SSCAM', 'ISCAM', 'Ablat
 
 # %% ../../nbs/3_cam/03_score.ipynb #f0f29719
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from .choice import channels_as_in
 from .gradient import weighted_sum
-from .layers import LayerLocalizer, eager, hooked
-from ..core import expect, minmax
+from .layers import LayerLocalizer
+from .trace import eager, hooked
+from ..core import expect
+from ..devices import draw, no_autocast, send
+from ..localize.maps import minmax_maps, resize_maps
+from ..localize.outputs import Door
 from ..registry import localizer
 
 # %% ../../nbs/3_cam/03_score.ipynb #6d5de40f
-def _foldable(model, x):
-    "Pairs (convolution, BatchNorm): the second ran on the output of the first, each only once."
-    outs, ran, pairs = {}, {}, []
-    def note(m, args, out):
-        ran[m] = ran.get(m, 0) + 1
-        if isinstance(m, nn.Conv2d): outs[id(out)] = m, out
-        elif args and id(args[0]) in outs: pairs.append((outs[id(args[0])][0], m))
-    watched = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    with hooked(watched, note): model(x)
-    return [(c, b) for c, b in pairs if ran[c] == ran[b] == 1 and b.running_mean is not None]
+_CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
+def _plain(m):
+    "Whether its weight is a parameter of its own, which nothing makes anew at each call."
+    own = {'weight', 'bias'} <= set(m._parameters) and not is_parametrized(m)
+    return own and not m._forward_pre_hooks and not m._forward_hooks
+
+def _foldable(model, x, ask):
+    "Pairs (convolution, BatchNorm): the second ran on the output of the first, each only once."
+    outs, pairs = {}, []
+    def note(m, call, args, out):
+        if isinstance(m, _CONVS): outs[id(out)] = m, out
+        elif args and id(args[0]) in outs: pairs.append((outs[id(args[0])][0], m))
+    watched = [m for m in model.modules() if isinstance(m, _CONVS + _NORMS) and _plain(m)]
+    with hooked(watched, note) as calls: ask(model, x)
+    once = [(c, b) for c, b in pairs if calls[c] == calls[b] == 0]
+    return [(c, b) for c, b in once if b.running_mean is not None]
+
+# %% ../../nbs/3_cam/03_score.ipynb #7c51902b
 def _fold(conv, bn):
     "Put the BatchNorm's affine map into the convolution."
     scale = (bn.running_var + bn.eps).rsqrt()*(1. if bn.weight is None else bn.weight)
     b = 0. if conv.bias is None else conv.bias
     shift = (0. if bn.bias is None else bn.bias) + (b - bn.running_mean)*scale
-    scaled = conv.weight*scale.view(-1, 1, 1, 1)
+    scaled = conv.weight*scale.view(-1, *[1]*(conv.weight.ndim - 1))
     conv.weight = nn.Parameter(scaled.detach(), requires_grad=False)
     conv.bias = nn.Parameter(shift.detach(), requires_grad=False)
 
 # %% ../../nbs/3_cam/03_score.ipynb #ef60a2fd
 def _rest(bn):
     "What remains of a folded BatchNorm: nothing, or timm's activation inside it; None: not known."
-    if type(bn) is nn.BatchNorm2d: return nn.Identity()
+    if type(bn) in _NORMS: return nn.Identity()
     return nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') and hasattr(bn, 'drop') else None
 
-def _folded(model, x):
+def _folded(model, x, ask):
     "A copy whose BatchNorms are part of the convolutions before them."
     net = copy.deepcopy(model)
-    for conv, bn in _foldable(net, x):
+    for conv, bn in _foldable(net, x, ask):
         rest = _rest(bn)
         if rest is None: continue
         _fold(conv, bn)
@@ -64,17 +78,24 @@ def _same_logits(a, b):
     return (a - b).abs().nan_to_num(0).max() <= tol*b.abs().nan_to_num(0).max() + 1e-6
 
 # %% ../../nbs/3_cam/03_score.ipynb #f03e6856
+def _laid_out(net, x):
+    "The net with its channels last, as images and volumes are processed fastest."
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return net if form is None else net.to(memory_format=form)
+
+# %% ../../nbs/3_cam/03_score.ipynb #d562971e
 @torch.no_grad()
 def fast_copy(
     model:nn.Module, # in eval mode
     x, # (B,3,H,W) images to compare on
     dtype:torch.dtype=None, # e.g. torch.bfloat16; None: the model's own
+    ask=None, # `Door` that gives its logits; None: the obvious ones
 )->nn.Module: # a copy for inference
     "A copy in channels_last; BatchNorm is folded into convolutions unless the logits would differ."
-    expected = model(x)
-    net = _folded(model, x).to(memory_format=torch.channels_last)
-    if not _same_logits(net(x), expected):
-        net = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    ask = ask or Door()
+    expected = ask(model, x)
+    net = _laid_out(_folded(model, x, ask), x)
+    if not _same_logits(ask(net, x), expected): net = _laid_out(copy.deepcopy(model), x)
     return net if dtype is None else net.to(dtype)
 
 # %% ../../nbs/3_cam/03_score.ipynb #09f79781
@@ -82,7 +103,8 @@ def _most_varying(A, most):
     "Each image's (k,) channels that vary, at most that many; and their share of the variance (B,)."
     var = A.flatten(2).var(2, correction=0).nan_to_num(0) # b,k
     order = var.argsort(dim=1, descending=True, stable=True)
-    asked = [o[:min(most or len(o), int((v > 0).sum()))] for o, v in zip(order, var)]
+    varying = (var > 0).sum(1).tolist() # one wait for the whole batch
+    asked = [o[:min(most or len(o), n)] for o, n in zip(order, varying)]
     kept = [v[o].sum()/v.sum().clamp(min=1e-30) for o, v in zip(asked, var)]
     return asked, torch.stack(kept)
 
@@ -92,9 +114,9 @@ def _jobs(asked, bs, progress):
     jobs = [(i, part) for i, ks in enumerate(asked) for part in ks.split(bs) if len(part)]
     return progress_bar(jobs, leave=False) if progress else jobs
 
-def _weighed(loc, seen, target, create_graph):
-    "The map of the layer's channels with the weights that the localizer finds for them."
-    A, target = seen.acts[0], target.pinned(seen.logits)
+def _weighed(loc, seen, i, target, create_graph):
+    "The map of a layer's channels with the weights that the localizer finds for them."
+    A, target, loc.at = seen.acts[i], target.pinned(seen.logits), seen.places[i]
     several = target.scores(seen.logits).ndim == 2
     with torch.no_grad(), eager():
         w = loc.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
@@ -106,16 +128,18 @@ class ChannelLocalizer(LayerLocalizer):
     "Weighs channels by running the net again. A subclass overrides `channel_weights`."
     def __init__(self,
         model, # a CNN whose forward gives logits (B,C), or a fastai Learner
-        layer=None, # dotted name or module; None: the last spatial layer
+        layer=None, # dotted name or module, or a list of them; None: what the classifier pools
         channels:int=None, # budget: ask only that many, the ones that vary most; None: all
         bs:int=32, # channels a batch: bounds the memory
         progress:bool=False, # show a bar
+        **kwargs # for `LayerLocalizer`
     ):
-        super().__init__(model, layer)
+        super().__init__(model, layer, **kwargs)
         for name, v in (('channels', channels), ('bs', bs)):
             counts = v is None or isinstance(v, int) and v >= 1
             expect(counts, name, v, 'a whole number of at least 1')
-        self.channels, self.bs, self.progress, self.kept = channels, bs, progress, None
+        self.channels, self.bs, self.progress = channels, bs, progress
+        self.kept = self.at = None
 
     def chosen(self, A): # list of (k,) channel positions, one tensor an image
         "The channels to ask about: those that vary, or the budget's share of them."
@@ -123,12 +147,13 @@ class ChannelLocalizer(LayerLocalizer):
         return asked
 
     def channel_weights(self, x, A, target, logits): # (B,T,K)
-        "Weights of the channels of A (B,K,h,w); runs without a graph."
+        "Weights of the channels of A (B,K,h,w) of the layer `self.at`; runs without a graph."
         raise NotImplementedError
 
     def jobs(self, asked): return _jobs(asked, self.bs, self.progress)
 
-    def maps(self, seen, target, create_graph): return _weighed(self, seen, target, create_graph)
+    def at_layer(self, seen, i, target, create_graph):
+        return _weighed(self, seen, i, target, create_graph)
 
 # %% ../../nbs/3_cam/03_score.ipynb #fb0cdef9
 def _scores_of(target, logits, i, rows): # (k,T)
@@ -142,22 +167,24 @@ def _scores_of(target, logits, i, rows): # (k,T)
 # %% ../../nbs/3_cam/03_score.ipynb #08a383ef
 def _channel_masks(A, size): # (k,1,H,W)
     "H: channels A (k,h,w) at the image's size, each in [0,1]."
-    return minmax(F.interpolate(A[:, None].float(), size, mode='bilinear', align_corners=False))
+    return minmax_maps(resize_maps(A[:, None].float(), size), len(size))
 
 class _Masked:
     "Asks a fast copy of the model for the scores of images behind masks."
-    def __init__(self, model, x, target, logits, dtype):
+    def __init__(self, model, x, target, logits, dtype, ask):
         mean = getattr(model, 'mean', None)
-        own = isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], 1, 1)
-        self.net, self.dtype = fast_copy(model, x[:1], dtype), dtype or x.dtype
+        own = isinstance(mean, torch.Tensor) and mean.shape == (1, x.shape[1], *[1]*(x.ndim - 2))
+        self.net, self.dtype = fast_copy(model, x[:1], dtype, ask), dtype or x.dtype
+        self.ask = ask
         self.x, self.target, self.logits = x, target, logits
         self.blank = mean if own else x.new_zeros(1)
 
     def scores(self, i, H): # (k,T)
         "Of image i behind each of the masks H (k,1,H,W)."
         masked = self.blank + (self.x[i:i + 1] - self.blank)*H
-        masked = masked.to(self.dtype, memory_format=torch.channels_last)
-        return _scores_of(self.target, self.logits, i, self.net(masked))
+        form = torch.channels_last if masked.ndim == 4 else torch.preserve_format
+        masked = masked.to(self.dtype, memory_format=form)
+        return _scores_of(self.target, self.logits, i, self.ask(self.net, masked))
 
     def mean_scores(self, i, masks): # (T,k)
         "The same, averaged over several such H."
@@ -171,8 +198,9 @@ class ScoreCAM(ChannelLocalizer):
     "Channels weighted by the softmax of the scores of the images they mask (Wang et al. 2020)."
     def __init__(self, model, layer=None, channels:int=None, bs:int=32, progress:bool=False,
         dtype:torch.dtype=None, # of the passes, e.g. torch.bfloat16; None: the model's own
+        **kwargs # for `LayerLocalizer`
     ):
-        super().__init__(model, layer, channels, bs, progress)
+        super().__init__(model, layer, channels, bs, progress, **kwargs)
         self.dtype = dtype
 
     def masks(self, H): # iterable of (k,1,H,W)
@@ -180,7 +208,7 @@ class ScoreCAM(ChannelLocalizer):
         return [H]
 
     def channel_weights(self, x, A, target, logits):
-        ask, size = _Masked(self.model, x, target, logits, self.dtype), x.shape[-2:]
+        ask, size = _Masked(self.model, x, target, logits, self.dtype, self.door), x.shape[2:]
         T = target.scores(logits).reshape(len(x), -1).shape[1]
         w = torch.full((len(x), T, A.shape[1]), -torch.inf, device=x.device) # not asked
         for i, ks in self.jobs(self.chosen(A)):
@@ -201,16 +229,21 @@ class SSCAM(ScoreCAM):
         n:int=35, # noisy masks a channel
         std:float=2., # of the noise; masks are in [0,1]
         seed:int=0, # of the noise
+        **kwargs # for `LayerLocalizer`
     ):
-        super().__init__(model, layer, channels, bs, progress, dtype)
+        super().__init__(model, layer, channels, bs, progress, dtype, **kwargs)
         expect(n >= 1, 'n', n, 'at least one mask')
         expect(std >= 0, 'std', std, 'no negative noise')
         self.n, self.std, self.seed = n, std, seed
 
-    def masks(self, H):
-        gen = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.n):
-            yield H + self.std*torch.randn(1, 1, *H.shape[-2:], generator=gen).to(H)
+    def channel_weights(self, x, *args):
+        "The same noise for all, drawn and sent once."
+        gen, size = torch.Generator().manual_seed(self.seed), (1, 1, *x.shape[2:])
+        noise = torch.stack([draw(size, gen, normal=True) for _ in range(self.n)])
+        self.noise = self.std*send(noise, x.device).to(x.dtype)
+        return super().channel_weights(x, *args)
+
+    def masks(self, H): return (H + noise for noise in self.noise)
 
 # %% ../../nbs/3_cam/03_score.ipynb #8faab28a
 @localizer(needs='features', passes='1 + n channels',
@@ -221,17 +254,18 @@ class ISCAM(ScoreCAM):
         dtype:torch.dtype=None, # of the passes
         n:int=10, # steps
         cumulative:bool=False, # sum the steps up, as reference codes do: the last is (n+1)/2, not 1
+        **kwargs # for `LayerLocalizer`
     ):
-        super().__init__(model, layer, channels, bs, progress, dtype)
+        super().__init__(model, layer, channels, bs, progress, dtype, **kwargs)
         expect(n >= 1, 'n', n, 'at least one step')
         self.n, self.cumulative = n, cumulative
 
     def steps(self): # (n,)
         "The factors t of the mask."
-        t = torch.arange(1, self.n + 1)/self.n
+        t = torch.arange(1, self.n + 1, device='cpu')/self.n
         return t.cumsum(0) if self.cumulative else t
 
-    def masks(self, H): return (H*t.to(H) for t in self.steps())
+    def masks(self, H): return (H*t for t in self.steps().tolist())
 
 # %% ../../nbs/3_cam/03_score.ipynb #98a1ea5e
 def _parts(m):
@@ -246,13 +280,13 @@ def _beside(model, name):
     parts = [p for a in above for c in a.children() for p in _parts(c)]
     return [p for p in parts if p not in above and layer not in p.modules()]
 
-def _outputs_before(model, layer, beside, x):
-    "What each module beside the layer gave before it ran, call by call."
+def _outputs_before(model, layer, call, beside, x, ask):
+    "What each module beside a call of the layer gave before it, call by call."
     memory, done = {}, []
-    def note(m, args, out):
-        if m is layer: done.append(1)
+    def note(m, n, args, out):
+        if m is layer and n == call: done.append(1)
         elif not done: memory.setdefault(m, []).append(out)
-    with hooked(dict.fromkeys([*beside, layer]), note): model(x)
+    with hooked(dict.fromkeys([*beside, layer]), note): ask(model, x)
     return memory
 
 # %% ../../nbs/3_cam/03_score.ipynb #ae91c903
@@ -285,25 +319,27 @@ def _answering(forwards):
 # %% ../../nbs/3_cam/03_score.ipynb #4522d9d4
 def _silenced(A, ks): # (k,K,h,w)
     "Copies of a layer's output (K,h,w), each without one of the channels `ks` (k,)."
-    without = A.repeat(len(ks), 1, 1, 1)
-    without[range(len(ks)), ks] = 0
+    without = A.repeat(len(ks), *[1]*A.ndim)
+    without[torch.arange(len(ks), device=ks.device), ks] = 0
     return without
 
 # %% ../../nbs/3_cam/03_score.ipynb #a6ed1f4e
 class _Tail:
-    "A net from a layer on, for one image: logits from the layer's output."
-    def __init__(self, model, name, x, A, logits):
-        self.model, self.layer, self.x = model, model.get_submodule(name), x
-        self.memory = _outputs_before(model, self.layer, _beside(model, name), x)
+    "A net from a call of a layer on, for one image: logits from what the layer gives there."
+    def __init__(self, model, layer, x, A, logits, ask):
+        self.model, self.at, self.x, self.ask = model, layer, x, ask
+        self.layer, call = model.get_submodule(layer.name), layer.call or 0
+        beside = _beside(model, layer.name)
+        self.memory = _outputs_before(model, self.layer, call, beside, x, ask)
+        self.earlier = self.memory.pop(self.layer, []) # its own calls before that one
         if self.answers(A, logits): return
         self.memory = {} # something works in place on what was remembered: run the whole net
         if not self.answers(A, logits):
-            raise ValueError(f'layer={name!r}: the net cannot be run again from its output; '
-                             'does the layer run several times?')
+            raise ValueError(f'layer={layer.name!r}: the net cannot be run again from its output')
 
     def answers(self, A, logits):
         "Whether two copies of the untouched output give the logits of the untouched net."
-        try: out = self(A.repeat(2, 1, 1, 1))
+        try: out = self(A.repeat(2, *[1]*(A.ndim - 1)))
         except RuntimeError: return False
         tol = 1e-4 if logits.dtype == torch.float32 else .05
         off, scale = (out - logits).abs().nan_to_num(0), (logits.abs().max() + 1e-3).nan_to_num(1)
@@ -312,8 +348,16 @@ class _Tail:
     def __call__(self, A):
         "Logits (k,C) for outputs A (k,K,h,w) of the layer, which the net may overwrite."
         forwards = {m: _replay(m.forward, outs, len(A)) for m, outs in self.memory.items()}
-        forwards[self.layer] = lambda *args, **kw: A
-        with _answering(forwards): return self.model(self.x.expand(len(A), *self.x.shape[1:]))
+        outs = [*(_spread(o, len(A)) for o in self.earlier), channels_as_in(A, self.at.layout)]
+        forwards[self.layer] = _replay(self.layer.forward, outs, len(A))
+        copies = self.x.expand(len(A), *self.x.shape[1:])
+        with _answering(forwards): return self.ask(self.model, copies)
+
+# %% ../../nbs/3_cam/03_score.ipynb #0f1f8f19
+def _in_float(model, x, ask):
+    "A copy in float32; a pass without a graph comes first, for a weight made in one is no leaf."
+    ask(model, x[:1])
+    return copy.deepcopy(model).float()
 
 # %% ../../nbs/3_cam/03_score.ipynb #274c3150
 @localizer(needs='features', passes='1 + channels',
@@ -322,16 +366,15 @@ class AblationCAM(ChannelLocalizer):
     "Channels weighted by how much the score falls without them (Desai & Ramaswamy 2020)."
     def channel_weights(self, x, A, target, logits):
         model, low = self.model, A.dtype in (torch.bfloat16, torch.float16)
-        if low: model, x, A = copy.deepcopy(model).float(), x.float(), A.float()
+        if low: model, x, A = _in_float(model, x, self.door), x.float(), A.float()
         T = target.scores(logits).reshape(len(x), -1).shape[1]
-        w = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32)
-        at, kind = None, x.device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not low):
+        w, at = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32), None
+        with no_autocast(x.device) if low else nullcontext():
             for i, ks in self.jobs(self.chosen_alive(A)):
-                one = slice(i, i + 1)
                 if at != i: # the first channels of another image
-                    at, tail = i, _Tail(model, self.layers[0], x[one], A[one], logits[one])
-                    whole = _scores_of(target, logits, i, tail(A[one].clone()))[0] # t
+                    at, one = i, [t[i:i + 1] for t in (x, A, logits)]
+                    tail = _Tail(model, self.at, *one, self.door)
+                    whole = _scores_of(target, logits, i, tail(one[1].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T
         return w
@@ -340,4 +383,6 @@ class AblationCAM(ChannelLocalizer):
         "Channels to silence: all that are not silent already, or the budget."
         if self.channels is not None: return self.chosen(A)
         self.kept = torch.ones(len(A), device=A.device)
-        return [a.flatten(1).any(1).nonzero()[:, 0] for a in A]
+        alive = A.flatten(2).any(2) # b,k
+        first = alive.byte().argsort(dim=1, descending=True, stable=True)
+        return [o[:n] for o, n in zip(first, alive.sum(1).tolist())]

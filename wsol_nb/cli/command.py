@@ -6,7 +6,8 @@
 __all__ = ['COMMANDS', 'comments', 'Command', 'arguments', 'command', 'parse', 'no_bars', 'main']
 
 # %% ../../nbs/9_tools/01_command.ipynb #4ec40deb
-import argparse, ast, inspect, io, sys, textwrap, tokenize
+import argparse, ast, inspect, io, os, sys, textwrap, tokenize
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ class Command:
     several: tuple = () # parameters that take one value or more
     failed: object = None # callable result -> whether the exit status is 1
     names: dict = None # {parameter: the kind of the registry whose names it takes}
+    shared: bool = False # several processes do it together; otherwise only the first of them does
 
     def __post_init__(self):
         self.params, self.names = inspect.signature(self.f).parameters, self.names or {}
@@ -108,11 +110,11 @@ def arguments(
 COMMANDS = {} # name -> Command
 
 def command(
-    place=(), several=(), failed=None, names=None, # see `Command`
+    **how # `place`, `several`, …, see `Command`
 ):
     "Decorator: the function is a command of its own name."
     def register(f):
-        COMMANDS[f.__name__] = Command(f, place, several, failed, names)
+        COMMANDS[f.__name__] = Command(f, **how)
         return f
     return register
 
@@ -135,11 +137,30 @@ def no_bars():
     import fastprogress.fastprogress as fp
     fp.NO_BAR, fp.ConsoleProgressBar.fill = True, ''
 
+def _is_needed(command):
+    "Whether this one of several processes has something to do."
+    return command.shared or os.environ.get('RANK', '0') == '0'
+
+@contextmanager
+def _in_its_place(command):
+    "Inside, the process works with the others, where the command is shared."
+    if not (command.shared and int(os.environ.get('WORLD_SIZE', 1)) > 1):
+        yield # and torch need not be imported
+        return
+    from wsol_nb.processes import ProcessLost, joined
+    try:
+        with joined(): yield
+    except ProcessLost as e: raise SystemExit(str(e)) from None
+
+# %% ../../nbs/9_tools/01_command.ipynb #29aa47a8
 def main():
     "Entry point of the console scripts."
     name = Path(sys.argv[0]).stem
     kwargs = parse(name, sys.argv[1:])
+    command = COMMANDS[name]
+    if not _is_needed(command): return
     if not sys.stdout.isatty(): no_bars()
-    try: result = COMMANDS[name].f(**kwargs)
+    try:
+        with _in_its_place(command): result = command.f(**kwargs)
     except (ValueError, OSError) as e: raise SystemExit(f'{name}: {e}') from None
-    if COMMANDS[name].failed and COMMANDS[name].failed(result): raise SystemExit(1)
+    if command.failed and command.failed(result): raise SystemExit(1)

@@ -18,6 +18,13 @@ DEMO = dict(arch='test_resnet', stride=8, size=112, bs=32, epochs=15, lr=5e-3)
 # chosen on the world's val split
 DEMO_FCAM = dict(method=dict(crf=.5, sigma_xy=30., erode=1, min_p=.2, views=1), epochs=5, lr=3e-3)
 
+def _clear(run):
+    "Remove a run folder, once, when no process reads it any more."
+    from wsol_nb.processes import barrier, is_first
+    barrier()
+    if is_first(): shutil.rmtree(run, ignore_errors=True)
+    barrier()
+
 def _demo_run(run, data, method, epochs, lr, opt, wd, arch=None, stride=None):
     "Train, save with the τ of the val boxes, score on test: the report and its localizer."
     from wsol_nb.train.fit import fit_run
@@ -26,7 +33,7 @@ def _demo_run(run, data, method, epochs, lr, opt, wd, arch=None, stride=None):
     from wsol_nb.train.run import load_run
     train = dict(epochs=epochs, lr=lr, lr_head=lr, opt=opt, wd=wd)
     net = dict(arch=arch, stride=stride, pretrained=False, method=method_to_dict(method))
-    shutil.rmtree(run, ignore_errors=True)
+    _clear(run)
     learn, _ = fit_run(dict(schema=1, **net, data=data, train=train), run)
     return score_run(load_run(run, learn.dls.device), learn.dls, 'test', progress=False)
 
@@ -115,7 +122,7 @@ def _demo_page(out, dls, cam, fcam, told):
                         'wsol_nb demo: CAM and F-CAM on a synthetic world', before=[told, fails])
 
 # %% ../../nbs/9_tools/06_demo.ipynb #4342d911
-@command()
+@command(shared=True)
 def wsol_demo(
     out:str='demo', # folder for the world, the runs and the reports
     epochs:int=None, # of each training; default: the demo's own

@@ -105,7 +105,7 @@ def _refuse_idle(kind, idle):
     lost = [k for k, v in idle.items() if v is not None]
     if lost: raise ValueError(f'{lost[0]}: is not for {kind}')
 
-@command(place=('run',))
+@command(place=('run',), shared=True)
 def wsol_eval(
     run:str=None, # run folder; none with --maps
     split:str='test', # split to score

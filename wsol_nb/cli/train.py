@@ -57,7 +57,7 @@ def _data(data, dataset, recipe, first, **given):
     "The `data` entry: what the user named, else that of the first stage."
     own = first and not (data or dataset)
     kept = dict(first.config['data']) if own else data_source(data, dataset)
-    for k in ('resize', 'bs', 'seed', 'roles'): kept.pop(k, None)
+    for k in ('resize', 'bs', 'seed', 'roles', 'fast'): kept.pop(k, None)
     given['size'] = given['size'] or (first.config['data']['size'] if first else 224)
     if given['resize'] == 'size': given['resize'] = given['size']
     if recipe: kept['recipe'] = recipe
@@ -75,7 +75,9 @@ def _settings(method, given):
     expect(s['epochs'] >= 1, 'epochs', s['epochs'], 'at least 1')
     expect(s['select'] in ('last', 'loc', 'cl'), 'select', s['select'], 'last, loc or cl')
     expect(s['opt'] in OPTIMIZERS, 'opt', s['opt'], 'sgd, adam or adamw')
-    return s | dict(pretrained=_YES_NO.get(str(s['pretrained']).lower(), s['pretrained']))
+    for k in ('pretrained', 'fast'): s[k] = _YES_NO.get(str(s[k]).lower(), s[k])
+    expect(s['fast'] in (True, False, None), 'fast', s['fast'], 'true or false')
+    return s
 
 def _refuse_over(out):
     "An error where a run is in the folder already."
@@ -88,7 +90,7 @@ def _new_config(method, given):
     "The config of a new run."
     from wsol_nb.train.method import method_to_dict
     first, s = method.first_stage(), _settings(method, given)
-    sizes = {k: s[k] for k in ('size', 'resize', 'seed', 'bs')}
+    sizes = {k: s[k] for k in ('size', 'resize', 'seed', 'bs', 'fast')}
     data = _data(s['data'], s['dataset'], s['recipe'], first, **sizes)
     data['roles'] = dict(train='train', valid=s['valid'], tune=s['tune'], test='test')
     how = ('epochs', 'opt', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')
@@ -106,17 +108,19 @@ def _config(out, resume, given):
 # %% ../../nbs/9_tools/02_train.ipynb #5bde617d
 def _fit(learn, train, out, resume):
     "Train what is left of the epochs, and say so."
+    from wsol_nb.processes import ProcessLost
     from wsol_nb.train.fit import fit_left
+    go_on = f'wsol_train --out {out} --resume continues after the last finished epoch'
     try: done = fit_left(learn, train, out)
-    except KeyboardInterrupt:
-        raise SystemExit(f'\ninterrupted; wsol_train --out {out} --resume continues after the last '
-                         'finished epoch') from None
+    except KeyboardInterrupt: raise SystemExit(f'\ninterrupted; {go_on}') from None
+    except ProcessLost as e:
+        raise SystemExit(f'{e}; {go_on}, also with another number of processes') from None
     if not resume: return
     print(f'{done} of {train["epochs"]} epochs are done; '
           f'the settings are those of {out}/config.json')
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
-@command(names={'method': 'method', 'seeds': 'localizer'})
+@command(shared=True, names={'method': 'method', 'seeds': 'localizer'})
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several
@@ -148,6 +152,8 @@ def wsol_train(
     select:str='last', # epoch to keep: last, loc (B-LOC) or cl (B-CL)
     seed:int=42, # of everything random
     workers:int=None, # loader processes; default 0 on a CPU
+    # true: decode training images no larger than needed; false: in full; default true on a GPU
+    fast:str=None,
     skip_bad:bool=False, # leave bad images out, and say so
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out

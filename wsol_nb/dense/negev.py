@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..core import expect
+from ..devices import is_any
 from ..data.loaders import WSOLDataLoaders
 from .seeded import SeededMaps
 from .terms import SumOfTerms, seed_term
@@ -74,14 +75,14 @@ class QuietMaps(HeadMaps):
     def __init__(self,
         model, # with `forward_maps`
         negative=(), # positions of the negative classes
+        **kwargs # for `Localizer`
     ):
-        super().__init__(model)
+        super().__init__(model, **kwargs)
         self.negative = list(negative)
 
     def compute(self, x, target, create_graph):
         logits, maps = super().compute(x, target, create_graph)
-        negative = torch.tensor(self.negative, dtype=torch.int64, device=x.device)
-        quiet = torch.isin(logits.argmax(1), negative)
+        quiet = is_any(logits.argmax(1), self.negative)
         return logits, maps*(~quiet).view(-1, *[1]*(maps.ndim - 1))
 
 # %% ../../nbs/6_dense/05_negev.ipynb #cc46c7b4

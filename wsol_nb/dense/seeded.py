@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 
 from ..core import expect
+from ..devices import without_waiting
 from ..data.dataset import WSOLDataset
 from ..data.stores import LabelStore
 from .seeds import merge_seeds, sample_seeds
@@ -22,9 +23,11 @@ from .terms import SumOfTerms, class_term, seed_term
 from ..localize.base import HeadMaps, Localizer, find_localizer, unwrap
 from ..localize.maps import to_score_maps
 from ..localize.mirrored import Mirrored, check_views
+from ..losses.partial import check_labels
 from ..nets.decoder import FullMaps, FullModel
 from ..nets.heads import GAPHead
 from ..nets.model import Head
+from ..processes import barrier, every, share
 from ..registry import name_of
 from ..train.method import Method, method_from_dict
 from ..train.stages import SecondStage
@@ -54,13 +57,18 @@ def _own_maps(seeder, pred, x, y):
     if not isinstance(seeder, Mirrored): return own
     return seeder.mean(own, lambda f: seeder.localizer.raw(x.flip(f), y))
 
+def _from_stored(method, stored, size, y):
+    "Seeds of a size from stored labels, or drawn from stored maps."
+    if stored.dtype == torch.int64: return shrink_labels(stored, size)
+    return method.draw(stored, size, y)
+
 # %% ../../nbs/6_dense/03_seeded.ipynb #ae2ca33d
 def static_seeds(learn, localizer, method)->LabelStore:
     "Seeds drawn once for each training image, kept in the run's folder; none is drawn twice."
     ds, device = learn.dls.train.dataset, learn.dls.device
     store, whole = LabelStore(Path(learn.path)/'seeds'), WSOLDataset(ds.df, ds.info)
     size = [ds.info.size//unwrap(learn.model).loss_stride]*2
-    turns = range(len(whole))
+    turns = share(len(whole))
     for i in progress_bar(turns) if len(whole) > 500 else turns:
         if ds.df.image_id[i] in store: continue
         x, y = whole[i]
@@ -68,6 +76,7 @@ def static_seeds(learn, localizer, method)->LabelStore:
         own = torch.Generator().manual_seed(ds.info.seed*1_000_003 + i)
         seeds = method.draw(localizer.raw(x[None].to(device), y), size, y, own)
         store.save(ds.df.image_id[i], seeds[0])
+    barrier() # those of all processes are there
     return store
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #3a4453f1
@@ -81,15 +90,21 @@ class _TermMeans(Callback):
 
     def before_epoch(self):
         self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
+        self.means = dict(self.sums)
         for term in self.criterion.terms.values():
             if hasattr(term, 'set_epoch'): term.set_epoch(len(self.learn.rows))
 
     def after_loss(self):
         if not self.training: return
-        for k, v in self.criterion.values.items(): self.sums[k] += v.item()
+        for k, v in self.criterion.values.items(): self.sums[k] += v.detach()
         self.steps += 1
 
-    def mean_of(self, k): return self.sums[k]/max(1, self.steps)
+    def after_train(self):
+        own = {k: float(v)/max(1, self.steps) for k, v in self.sums.items()}
+        each = every(own) # processes
+        self.means = {k: sum(one[k] for one in each)/len(each) for k in own}
+
+    def mean_of(self, k): return self.means[k]
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):
@@ -107,8 +122,10 @@ class DrawSeeds(_TermMeans):
     def after_pred(self):
         if not self.training: return
         (y, *stored), size = self.yb, self.pred.full.shape[-2:]
-        if stored and stored[0].dtype == torch.int64: seeds = shrink_labels(stored[0], size)
-        else: seeds = self.method.draw(stored[0] if stored else self.raw(y), size, y)
+        with without_waiting():
+            if stored: seeds = _from_stored(self.method, stored[0], size, y)
+            else: seeds = self.method.draw(self.raw(y), size, y)
+        if stored and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
         self.learn.yb = (y, self.x, seeds)
 
     def raw(self, y):

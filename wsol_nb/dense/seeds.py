@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core import expect
+from ..devices import draw, may_read, send
+from ..processes import rand_images
 
 # %% ../../nbs/6_dense/01_seeds.ipynb #aaaf6926
 def grey_levels(
@@ -76,9 +78,10 @@ def _check_maps(maps):
     is_batch = isinstance(maps, torch.Tensor) and maps.ndim == 3
     got = tuple(getattr(maps, 'shape', ())) or type(maps).__name__
     expect(is_batch, 'maps.shape', got, 'a tensor (B,H,W)')
-    if torch.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 1: return
-    raise ValueError('maps: expected finite values in [0,1], '
-                     f'got {maps.min():.4g} to {maps.max():.4g}')
+    if not may_read(maps): return
+    low, high = torch.stack(maps.detach().aminmax()).tolist() # NaN where there is one
+    if low >= 0 and high <= 1: return
+    raise ValueError(f'maps: expected finite values in [0,1], got {low:.4g} to {high:.4g}')
 
 # %% ../../nbs/6_dense/01_seeds.ipynb #81a7bf0e
 def seed_weights(
@@ -97,7 +100,7 @@ def seed_weights(
     for name, p in (('top_p', top_p), ('min_p', min_p)):
         expect(0 < p <= 1, name, p, f'0 < {name} <= 1')
     maps = maps.detach().float()
-    if noise is None: noise = torch.rand(maps.shape).to(maps.device)
+    if noise is None: noise = draw(maps.shape, device=maps.device)
     varied = maps.amax((1, 2), keepdim=True) > maps.amin((1, 2), keepdim=True)
     pos = _foreground(maps, fg, erode, top_p, noise)
     return pos*varied, _background(maps, bg, min_p, noise)*varied
@@ -111,7 +114,7 @@ def draw_pixels(
     "`n` pixels of each image without replacement, in proportion to their weights."
     counts = isinstance(n, int) and not isinstance(n, bool) and n >= 0
     expect(counts, 'n', n, 'a whole number of at least 0')
-    if noise is None: noise = torch.rand(weights.shape).to(weights.device)
+    if noise is None: noise = draw(weights.shape, device=weights.device)
     w = weights.flatten(1)
     wait = -torch.log1p(-noise.flatten(1))/w
     first = wait.topk(min(n, w.shape[1]), 1, largest=False)
@@ -135,8 +138,8 @@ def sample_seeds(
 )->torch.Tensor: # (B,H,W) int64: 0 background, 1 foreground, 255 ignored
     "Pixel labels drawn from maps. What both labels claim is ignored; a constant map gives none."
     expect(dilate >= 1 and dilate % 2 == 1, 'dilate', dilate, 'an odd whole number')
-    noise = torch.rand((len(maps), 3, *maps.shape[1:]), generator=generator) # image by image
-    ties, *draws = noise.to(maps.device).unbind(1)
+    noise = rand_images(len(maps), 3, *maps.shape[1:], generator=generator)
+    ties, *draws = send(noise, maps.device).unbind(1)
     parts = zip(seed_weights(maps, noise=ties, **weights), (n_fg, n_bg), draws)
     drawn = torch.stack([draw_pixels(w, n, u) for w, n, u in parts], 1).float() # b,2,h,w
     fg, bg = F.max_pool2d(drawn, dilate, 1, dilate//2).bool().unbind(1)

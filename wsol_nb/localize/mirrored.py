@@ -34,9 +34,10 @@ class Mirrored(Localizer):
         views:int=2,
         **kwargs # for the localizer
     ):
-        super().__init__(model)
         kind = find_localizer(of) if isinstance(of, str) else of
-        self.localizer = kind(self.model, **kwargs)
+        self.localizer = kind(model, **kwargs)
+        own = dict(check=self.localizer.check, classes=self.localizer.classes)
+        super().__init__(model, **own)
         self.preset, self.flips = self.localizer.preset, VIEWS[check_views(views)]
 
     def mean(self, maps, of_flipped):
@@ -47,7 +48,9 @@ class Mirrored(Localizer):
     def compute(self, x, target, create_graph):
         logits, maps = self.localizer.compute(x, target, create_graph)
         same = target.pinned(logits)
-        def of_flipped(axes): return self.localizer.compute(x.flip(axes), same, create_graph)[1]
+        def of_flipped(axes):
+            turned = x.flip(axes), same.flipped(axes)
+            return self.localizer.compute(*turned, create_graph)[1]
         return logits, self.mean(maps, of_flipped)
 
     def describe(self, preset=None):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import expect
+from ..devices import made_beside, may_read, no_autocast
 from ..registry import did_you_mean
 from .partial import check_maps, describe, widen
 
@@ -33,7 +34,7 @@ def check_t(
     name:str='t', # how the message names it
 ):
     "A ValueError unless `t` is a finite temperature above 0."
-    if isinstance(t, torch.Tensor): ok = bool((t.isfinite() & (t > 0)).all())
+    if isinstance(t, torch.Tensor): ok = not may_read(t) or bool((t.isfinite() & (t > 0)).all())
     else: ok = isinstance(t, Real) and not isinstance(t, bool) and 0 < t < math.inf
     expect(ok, name, t, 'a finite number above 0')
 
@@ -45,7 +46,7 @@ def log_barrier(
     "Extended log-barrier: finite and convex for every finite f, with slope t from -1/t² on."
     check_t(t)
     f = widen(f)
-    t = torch.as_tensor(t, dtype=f.dtype, device=f.device)
+    t = t.to(f) if isinstance(t, torch.Tensor) else f.new_full((), t)
     expect(t.shape in ((), f.shape), 't.shape', tuple(t.shape), f'() or {tuple(f.shape)}, as f')
     joint = -1/t**2
     inside = f <= joint
@@ -97,7 +98,7 @@ def _marginals(probs):
     "Weights (of sum 1; 0 for an empty map) and positions along x, (B,K,W) and (W,), and along y."
     mass = widen(probs)
     weights = [mass.sum(axis)/size(mass).clamp(min=1e-6) for axis in (-2, -1)]
-    return [(w, torch.arange(w.shape[-1]).to(w)) for w in weights]
+    return [(w, torch.arange(w.shape[-1], device=w.device, dtype=w.dtype)) for w in weights]
 
 def _mean(w, x): return (w*x).sum(-1, keepdim=True)
 
@@ -138,9 +139,8 @@ def check_probs(
 ):
     "A ValueError where `probs` are no probability maps. NaN passes: a GradScaler has to see it."
     check_maps(probs, 'probs')
-    odd = probs[(probs < -1e-3) | (probs > 1 + 1e-3)]
-    if odd.numel():
-        raise ValueError(f'probs: got {odd[0].item():.4g} ({odd.numel()} values outside [0,1]); '
+    if may_read(probs) and (odd := (probs < -1e-3) | (probs > 1 + 1e-3)).any():
+        raise ValueError(f'probs: got {probs[odd][0]:.4g} ({odd.sum()} values outside [0,1]); '
                          'expected probabilities, such as logits.softmax(1)')
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #956002b5
@@ -152,10 +152,11 @@ def _side(name, value, K, none):
 
 def _ordered(bounds):
     "The bounds, or a ValueError that names the first pair that is none."
+    if not may_read(bounds): return bounds
     a, b = bounds.unbind(-1)
-    bad = (~((a <= b) & (a < math.inf) & (b > -math.inf))).nonzero()
-    if len(bad):
-        i = tuple(bad[0].tolist())
+    bad = ~((a <= b) & (a < math.inf) & (b > -math.inf))
+    if bad.any():
+        i = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f'bounds: got lower {a[i].item():g} and upper {b[i].item():g} '
                          f'at {i} of (B,K,m); expected lower <= upper')
     return bounds
@@ -171,7 +172,8 @@ def make_bounds(
         given, K = lower is not None or upper is not None, v.shape[1]
         expect(given, 'bounds', bounds, '(B,K,m,2), since neither lower nor upper is given')
         ends = _side('lower', lower, K, -math.inf), _side('upper', upper, K, math.inf)
-        bounds = v.new_tensor(ends).T[None, :, None].expand(*v.shape, 2)
+        _ordered(torch.tensor(ends, dtype=v.dtype, device='cpu').T[None, :, None])
+        return torch.stack([made_beside(v, e)[None, :, None].expand(v.shape) for e in ends], -1)
     ok = isinstance(bounds, torch.Tensor) and bounds.shape == (*v.shape, 2)
     expect(ok, 'bounds', describe(bounds), f'a tensor of shape {(*v.shape, 2)} as (B,K,m,2)')
     return _ordered(bounds.to(v))
@@ -217,7 +219,7 @@ def _measure(statistic, units, probs): # b,k,m
     if callable(statistic): return statistic(probs)
     function, scale = STATISTICS[statistic]
     v = function(probs)
-    return v/v.new_tensor(scale(*probs.shape[-2:])) if units == 'fraction' else v
+    return v/made_beside(v, scale(*probs.shape[-2:])) if units == 'fraction' else v
 
 def _cost(v, bounds, penalty, t): # b,k
     bounded = bounds.isfinite()
@@ -257,7 +259,7 @@ class Constraint(_Scheduled):
         "The loss; 0 with a zero gradient where nothing counts."
         check_probs(probs)
         area = math.prod(probs.shape[-2:])
-        with torch.autocast(probs.device.type, enabled=False):
+        with no_autocast(probs.device):
             v = self.measure(probs) # b,k,m
             bounds = make_bounds(v, self.lower, self.upper, bounds)
             loss = _cost(v, bounds, self.penalty, self.t)/area**_POWER[self.norm] # b,k
@@ -274,32 +276,29 @@ class SizePenalty(Constraint):
     "Quadratic penalty on sizes (Kervadec et al., MedIA 2019)."
     def __init__(self,
         lower=None, upper=None, # pixels; a number for all or one a class
-        norm:str='area', # as for `Constraint`
-        **kw, # the rest of `Constraint`
+        norm:str='area', **kw, # as for `Constraint`
     ): super().__init__('size', lower, upper, 'quadratic', norm=norm, **kw)
 
 class SizeBarrier(Constraint):
     "Extended log-barrier on sizes (Kervadec et al. 2019)."
     def __init__(self,
         lower=None, upper=None, # pixels; a number for all or one a class
-        norm:str='area', # as for `Constraint`
-        **kw, # the rest of `Constraint`
+        norm:str='area', **kw, # as for `Constraint`
     ): super().__init__('size', lower, upper, 'barrier', norm=norm, **kw)
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #30f93b3c
 class AbsoluteSizeBarrier(Constraint):
     "F-CAM's size term: no region of (B,2,H,W) maps vanishes, the mean of ψ_t(-size) in pixels."
-    def __init__(self,
-        t0:float=1., mu:float=1.01, t_max:float=10., # see `barrier_t`
-    ): super().__init__('size', 0, None, 'barrier', t0=t0, mu=mu, t_max=t_max)
+    def __init__(self, t0:float=1., mu:float=1.01, t_max:float=10.): # see `barrier_t`
+        super().__init__('size', 0, None, 'barrier', t0=t0, mu=mu, t_max=t_max)
 
 # %% ../../nbs/4_losses/03_constraints.ipynb #5a9094a1
 def _feasible(bounds, N):
     "A ValueError for the first image in which no map keeps all bounds."
     a, b = bounds[..., 0].clamp(min=0), bounds[..., 1].clamp(max=N)
-    bad = ((a.sum(1) > N) | (b.sum(1) < N) | (a > b).any(1)).nonzero()
-    if len(bad):
-        i = bad[0].item()
+    bad = (a.sum(1) > N) | (b.sum(1) < N) | (a > b).any(1)
+    if bad.any():
+        i = bad.nonzero()[0].item()
         raise ValueError(f'bounds: no map of {N} pixels keeps '
                          f'{a[i].tolist()} to {b[i].tolist()} (image {i})')
 
@@ -333,11 +332,11 @@ def dual_ascent(
 )->Proposal:
     "Projected dual ascent on the multipliers of size bounds."
     check_probs(probs)
-    if ((probs.sum(1) - 1).abs() > 1e-2).any():
+    if may_read(probs) and ((probs.sum(1) - 1).abs() > 1e-2).any():
         raise ValueError('probs: expected sums of 1 over the classes, such as logits.softmax(1)')
     s = widen(probs)
     bounds = make_bounds(size(s), lower, upper, bounds)[:, :, 0] # b,k,2
-    _feasible(bounds, s[0, 0].numel())
+    if may_read(bounds): _feasible(bounds, s[0, 0].numel())
     bounded, beta = bounds.isfinite(), torch.zeros_like(bounds) # b,k,2
     log_s = s.clamp(min=torch.finfo(s.dtype).tiny).log()
     for step in range(steps + 1):
@@ -364,7 +363,7 @@ class SizeLagrangian(nn.Module):
         logits, # (B,K,H,W)
         bounds=None, # (B,K,1,2) pixels; None: lower and upper
     ):
-        with torch.autocast(logits.device.type, enabled=False):
+        with no_autocast(logits.device):
             logits = widen(logits)
             s = logits.detach().softmax(1)
             q = dual_ascent(s, self.lower, self.upper, bounds, self.steps, self.tol).q

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import check_positive, expect
+from ..devices import may_read, no_autocast, send
 from ..registry import did_you_mean
 
 # %% ../../nbs/4_losses/02_crf.ipynb #102d0504
@@ -49,7 +50,7 @@ def _full_precision(device):
     full, was, put = _matmul_precision(device)
     put(full)
     try:
-        with torch.autocast(device.type, enabled=False): yield
+        with no_autocast(device): yield
     finally: put(was)
 
 # %% ../../nbs/4_losses/02_crf.ipynb #e232d089
@@ -85,16 +86,17 @@ def _nodes(f, cell):
 def _corners(low, t, n, by):
     "Each of the 2^D corners: its node for each pixel (BN,), and the weight there over `by` (BN,1)."
     B, D, _ = low.shape
-    step = torch.tensor([math.prod(n[d + 1:]) for d in range(D)], device=low.device)
+    step = send(torch.tensor([math.prod(n[d + 1:]) for d in range(D)], device='cpu'), low.device)
     at = (low*step[:, None]).sum(1) + math.prod(n)*torch.arange(B, device=low.device)[:, None] # b,n
-    for c in torch.cartesian_prod(*[torch.arange(2, device=low.device)]*D).view(-1, D):
+    corners = torch.cartesian_prod(*[torch.arange(2, device='cpu')]*D).view(-1, D)
+    for c in send(corners, low.device):
         w = torch.where(c[:, None] > 0, t, 1 - t).prod(1, keepdim=True)/by
         yield (at + (c*step).sum()).flatten(), w.mT.flatten(0, 1)
 
 # %% ../../nbs/4_losses/02_crf.ipynb #67afb1b1
 def _blurs(n, cell, f):
     "G of each axis, narrower than 1 by what the hats add: cell²/3."
-    nodes = [torch.arange(k).to(f) for k in n]
+    nodes = [torch.arange(k, device=f.device, dtype=f.dtype) for k in n]
     return [(-(cell*(i[:, None] - i)).pow(2)/(2 - 2*cell**2/3)).exp() for i in nodes]
 
 def _own(t, G):
@@ -228,6 +230,7 @@ def _check_shapes(images, probs, roi):
 def _check_inputs(images, probs, roi=None):
     "An error unless these are images in [0,1], class probabilities and a mask of one batch."
     _check_shapes(images, probs, roi)
+    if not may_read(images, probs): return
     ends = torch.stack([v.float() for t in (images, probs) for v in t.detach().aminmax()])
     i0, i1, p0, p1 = ends.tolist() # one wait for the GPU
     colours, chances = f'{i0:.4g} to {i1:.4g}', f'{p0:.4g} to {p1:.4g}'

@@ -20,6 +20,8 @@ from scipy.sparse.csgraph import dijkstra
 from torch import nn
 
 from ..core import check_boxes, expect
+from ..devices import may_read, no_autocast
+from ..processes import batch_count
 from ..data.worlds.base import mask_box
 
 # %% ../../nbs/4_losses/01_partial.ipynb #b91104bc
@@ -46,6 +48,14 @@ def check_maps(
     ok = isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point()
     expect(ok, name, describe(x), 'a (B,K,H,W) float tensor')
 
+# %% ../../nbs/4_losses/01_partial.ipynb #3732fcf9
+def _check_classes(labels, K, ignore):
+    odd = ((labels < 0) | (labels >= K)) & (labels != ignore)
+    if not odd.any(): return
+    odd = labels[odd]
+    raise ValueError(f'labels: got {int(odd[0])} ({len(odd)} such pixels), '
+                     f'expected a class 0 to {K - 1} or {ignore} (no label)')
+
 # %% ../../nbs/4_losses/01_partial.ipynb #4171c7bd
 def check_labels(
     logits:torch.Tensor, # (B,K,H,W)
@@ -60,10 +70,7 @@ def check_labels(
     wanted = f'{(B, H, W)} for logits of shape {(B, K, H, W)}'
     expect(labels.shape == (B, H, W), 'labels.shape', tuple(labels.shape), wanted)
     expect(not 0 <= ignore < K, 'ignore', ignore, f'a number that is none of the {K} classes')
-    odd = labels[((labels < 0) | (labels >= K)) & (labels != ignore)]
-    if len(odd):
-        raise ValueError(f'labels: got {int(odd[0])} ({len(odd)} such pixels), '
-                         f'expected a class 0 to {K - 1} or {ignore} (no label)')
+    if may_read(labels): _check_classes(labels, K, ignore)
 
 # %% ../../nbs/4_losses/01_partial.ipynb #3271e793
 def partial_cross_entropy(
@@ -75,10 +82,11 @@ def partial_cross_entropy(
     "Cross-entropy over the labelled pixels; exactly 0, with a zero gradient, where there is none."
     check_labels(logits, labels, ignore)
     expect(reduction in ('mean', 'sum'), 'reduction', reduction, "'mean' or 'sum'")
-    with torch.autocast(logits.device.type, enabled=False):
+    with no_autocast(logits.device):
         total = F.cross_entropy(widen(logits), labels, ignore_index=ignore, reduction='sum')
     if reduction == 'sum': return total
-    return total/(labels != ignore).sum().clamp(min=1)
+    labelled = batch_count((labels != ignore).sum(), len(labels))
+    return total/torch.where(labelled > 0, labelled, 1)
 
 # %% ../../nbs/4_losses/01_partial.ipynb #93f9277a
 class PartialCELoss(nn.Module):

@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..core import whole_file
+from ..processes import first_only
 from .scorer import Scorer
 
 # %% ../../nbs/1_evaluation/09_report.ipynb #47423ee2
@@ -208,14 +210,14 @@ def to_dict(self:Report):
     return {k: v for k, v in self.__dict__.items() if k != 'images'}
 
 @patch
+@first_only
 def save(self:Report,
     path, # a .json file
 ):
-    "Write the report as JSON."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(self.to_dict(), indent=1), encoding='utf-8')
-    return path
+    "Write the report as JSON, whole or not at all; the first process does."
+    text = json.dumps(self.to_dict(), indent=1)
+    with whole_file(path) as part: part.write_text(text, encoding='utf-8')
+    return Path(path)
 
 # %% ../../nbs/1_evaluation/09_report.ipynb #5c95976a
 @patch(cls_method=True)

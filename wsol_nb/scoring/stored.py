@@ -21,8 +21,9 @@ from fastprogress.fastprogress import progress_bar
 from ..core import whole_file
 from ..data.stores import MapStore, Truth
 from ..localize.maps import reference_score_map
+from ..processes import barrier, rank, share, world_size
 from ..registry import did_you_mean
-from .loop import make_report
+from .loop import gather_counts, make_report
 from .report import Report
 from .scorer import Scorer
 
@@ -139,9 +140,16 @@ def _look(i, store, truth, scorer):
     return scorer.look(score_map, truth.boxes[i], mask, image_id)
 
 # %% ../../nbs/1_evaluation/12_stored.ipynb #44ee5974
+def _own_journal(journal):
+    "The journal of this process: each keeps its own."
+    if journal is None or world_size() == 1: return journal
+    file = Path(journal)
+    return file.with_name(f'{file.stem}-{rank()}-of-{world_size()}{file.suffix}')
+
 def _score_from(done, store, truth, classes, scorer, book, n_threads, progress):
-    "Score the images after the first `done`, and keep the journal."
-    blocks = np.split(np.arange(done, len(truth)), range(16, len(truth) - done, 16))
+    "Score this process's images after the first `done`, and keep the journal."
+    left = share(len(truth))[done:]
+    blocks = [left[i:i + 16] for i in range(0, len(left), 16)]
     def look(i): return _look(i, store, truth, scorer)
     with ThreadPoolExecutor(n_threads) as pool:
         for block in progress_bar(blocks, leave=False) if progress else blocks:
@@ -174,10 +182,11 @@ def score_maps(
     truth = Truth(df[df.split == split], size)
     scorer = Scorer(size, truth.n_boxed > 0, truth.n_masked > 0, bootstrap=bootstrap, **kwargs)
     settings = dict(split=split, size=size, bootstrap=bootstrap, options=_plain(kwargs))
-    book = Journal(journal, _what(store, truth, **settings), every)
+    book = Journal(_own_journal(journal), _what(store, truth, **settings), every)
     done, classes = book.load(scorer), np.searchsorted(np.unique(df.label), truth.df.label)
-    if done: print(f'{done} of {len(truth)} maps were scored before')
+    if done: print(f'{done} of {len(share(len(truth)))} maps were scored before')
     _score_from(done, store, truth, classes, scorer, book, n_threads, progress)
+    scorer, _ = gather_counts(scorer, [], len(truth))
     protocol = dict(dataset=dataset, split=split, localizer=name, target='as stored',
         preset='as stored', size=size)
     carried = None
@@ -197,13 +206,14 @@ def write_maps(
     dtype=np.float32, # float64 keeps every digit, at twice the room
     progress:bool=True, # show a bar
 )->MapStore:
-    "Write the score maps of the true classes of a split."
+    "Write the score maps of the true classes of a split; several processes share the images."
     store, part = maps if isinstance(maps, MapStore) else MapStore(maps), dls.localizable(split)
     ids, size, preset = part.df.image_id, size or part.size, preset or localizer.preset
-    part.order = np.array([i for i in range(len(part)) if ids[i] not in store], int)
+    part.order = np.array([i for i in share(len(part)) if ids[i] not in store], int)
     n = -(-len(part)//part.bs)
     for b in progress_bar(part, total=n, leave=False) if progress and n else part:
         maps = localizer.raw(b.x, b.y).cpu().numpy()
         for raw, i in zip(maps, b.rows):
             store.save(ids[i], reference_score_map(raw, size, preset), dtype)
+    barrier() # all of them are there
     return store

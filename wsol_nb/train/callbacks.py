@@ -79,9 +79,9 @@ class EpochSeed(Callback):
 
     def before_epoch(self):
         if not self.learn.in_fit: return
-        epoch, dl = len(self.learn.rows), self.dls.train # counted through all fits
+        epoch = len(self.learn.rows) # counted through all fits
         torch.manual_seed(self.seed*100_003 + epoch)
-        getattr(dl, 'dl', dl).set_epoch(epoch) # a distributed loader wraps ours
+        self.dls.train.set_epoch(epoch)
 
 # %% ../../nbs/2_training/06_callbacks.ipynb #b9da3a77
 class EpochLog(Callback):

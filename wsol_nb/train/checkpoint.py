@@ -14,11 +14,11 @@ import torch
 
 from ..core import whole_file
 from ..localize.base import unwrap
+from ..processes import barrier, first_only
 from .learner import WSOLLearner
 from .run import save_weights, write_history, write_json
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
-from fastai.torch_core import rank_distrib
 
 # %% ../../nbs/2_training/09_checkpoint.ipynb #3258924f
 def _plain(o):
@@ -41,9 +41,14 @@ def _state(learn, epoch, n_epoch):
                 best=[_plain(t.best) for t in _trackers(learn)],
                 smooth=_plain([smooth.count, smooth.val]))
 
+@first_only
+def _write_state(learn, epoch, n_epoch, file):
+    state = _state(learn, epoch, n_epoch)
+    with whole_file(file) as part: torch.save(state, part)
+
 def _epoch_is_done(learn):
-    "Whether an epoch of training has ended, here in the main process; `lr_find` trains none."
-    return learn.in_fit and not hasattr(learn, 'lr_finder') and not rank_distrib()
+    "Whether an epoch of training has ended; `lr_find` trains none."
+    return learn.in_fit and not hasattr(learn, 'lr_finder')
 
 # %% ../../nbs/2_training/09_checkpoint.ipynb #6c745a4b
 class Checkpoint(Callback):
@@ -62,8 +67,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if not _epoch_is_done(self.learn): return
         write_history(self.learn, self.path)
-        state = _state(self.learn, self.epoch, self.n_epoch)
-        with whole_file(self.path/'checkpoint.pt') as part: torch.save(state, part)
+        _write_state(self.learn, self.epoch, self.n_epoch, self.path/'checkpoint.pt')
 
 # %% ../../nbs/2_training/09_checkpoint.ipynb #da315899
 def resume(
@@ -130,6 +134,7 @@ def keep(
 ):
     "Put the weights of a selected epoch into the model; `save_run` then keeps them."
     from safetensors.torch import load_file
+    barrier() # the first process has written
     file, best = Path(path)/f'select-{select}.safetensors', _selection(path)
     if select not in best or not file.is_file():
         kept = ', '.join(k for k in best if k != 'kept')

@@ -10,6 +10,7 @@ import signal, threading, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from ..processes import joined, losses_said
 from ..scoring.loop import evaluate
 from .checkpoint import Checkpoint, KeepBest, keep, resume
 from .learner import WSOLLearner, wsol_learner
@@ -64,7 +65,7 @@ def fit_left(
     "Train what is left of the epochs, from the last checkpoint."
     done = resume(learn, out)
     if done < train['epochs']:
-        with interruptible(learn):
+        with losses_said(), interruptible(learn):
             learn.fit_one_cycle(train['epochs'], slice(train['lr'], train['lr_head']))
     return done
 
@@ -102,13 +103,13 @@ def _time_of_all(seconds, train, done):
     left = train['epochs'] - done
     return {k: round(v*train['epochs']/left, 1) for k, v in seconds.items()} if left else {}
 
+@joined()
 def fit_run(
     config:dict, # see the table
     out, # run folder; a checkpoint in it is gone on from
     progress:bool=True, # bars, and fastai's log
 ): # (the learner, the report on the split that tunes or None)
     "Train what a config says, or what is left of it, and save the run with the time it took."
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out)/'config.json', config)
     learn, train = learner_from_config(config, out), config['train']
     cpu, wall = time.process_time(), time.time()

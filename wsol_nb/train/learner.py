@@ -6,12 +6,16 @@
 __all__ = ['WSOLLearner', 'accuracy', 'wsol_learner']
 
 # %% ../../nbs/2_training/07_learner.ipynb #fffec28b
+from contextlib import contextmanager
+
 import torch
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 
 from ..core import expect, keep_memory, set_seed
 from ..data.loaders import WSOLDataLoaders
+from ..processes import joined
 from .callbacks import EpochLog, EpochSeed, LocalizationMetrics
+from .distributed import distributed
 from .method import GAP, Method, method_to_dict, sgd
 from fastai.callback import progress, schedule
 from fastai.callback.core import CancelEpochException
@@ -20,14 +24,15 @@ from fastai.learner import AvgMetric, Learner
 # %% ../../nbs/2_training/07_learner.ipynb #af5cbaee
 class WSOLLearner(Learner):
     "A fastai Learner that knows its method, can localize, and can start at a later epoch."
-    method, arch, config, first_epoch, in_fit, rows = None, None, None, 0, False, None
+    method, arch, config, first_epoch, rows = None, None, None, 0, None
+    in_fit, sync_bn = False, True
     def fit(self, n_epoch, *args, **kwargs):
         "fastai's `fit`, from `first_epoch` on where `resume` has set it."
         more = f'more than the {self.first_epoch} epochs that are done'
         expect(n_epoch > self.first_epoch, 'n_epoch', n_epoch, more)
         try:
             self.in_fit = True
-            super().fit(n_epoch, *args, **kwargs)
+            with distributed(self, self.sync_bn): super().fit(n_epoch, *args, **kwargs)
         finally: self.in_fit, self.first_epoch = False, 0
 
     def _do_fit(self):
@@ -40,6 +45,17 @@ class WSOLLearner(Learner):
     def localizer(self):
         "What turns images into maps, at the present weights."
         return self.method.localizer(self.model)
+
+# %% ../../nbs/2_training/07_learner.ipynb #437e0c1b
+@patch
+@contextmanager
+def distrib_ctx(self:WSOLLearner,
+    sync_bn:bool=True, # on GPUs: batch norms see the images of all processes
+    **kwargs # for `joined`
+):
+    "Inside, the processes that a launcher has started train one model."
+    self.sync_bn = sync_bn
+    with joined(**kwargs): yield self
 
 # %% ../../nbs/2_training/07_learner.ipynb #2b3a1342
 def accuracy(

@@ -19,6 +19,7 @@ from torch import nn
 from ..core import whole_file
 from ..data.loaders import WSOLDataLoaders
 from ..localize.base import unwrap
+from ..processes import barrier, first_only
 from ..results import commit, hardware
 from .learner import WSOLLearner
 from .method import Method, method_from_dict
@@ -36,12 +37,14 @@ def run_config(
 )->dict:
     "What must be known to make the model and its data again."
     i = learn.dls.info
-    used = dict(size=i.size, resize=i.resize, seed=i.seed, roles=i.roles, bs=learn.dls.train.bs)
+    used = dict(size=i.size, resize=i.resize, seed=i.seed, roles=i.roles, fast=i.fast)
+    used |= dict(bs=learn.dls.train.bs)
     names = dict(class_ids=i.class_ids.tolist(), class_names=i.class_names)
     made = dict(versions=_versions(), hardware=hardware())
     return dict(schema=1, **learn.config, **names, data=i.source | used, **made) | more
 
 # %% ../../nbs/2_training/08_run.ipynb #b3fc5d1e
+@first_only
 def save_weights(
     model, # a module
     path, # of the .safetensors file
@@ -51,10 +54,12 @@ def save_weights(
     state = {k: v.detach().cpu().contiguous() for k, v in unwrap(model).state_dict().items()}
     with whole_file(path) as part: save_file(state, part)
 
+@first_only
 def write_json(path, d):
     "Write JSON whole or not at all."
     with whole_file(path) as part: part.write_text(json.dumps(d, indent=1), encoding='utf-8')
 
+@first_only
 def write_history(learn, path):
     "`learn.rows` as history.csv, whole or not at all."
     if not learn.rows: return
@@ -73,6 +78,7 @@ def save_run(
     write_json(path/'config.json', run_config(learn, **more))
     write_history(learn, path)
     save_weights(learn.model, path/'model.safetensors') # last: where they are, the run is complete
+    barrier() # it is there, for all processes
     return path
 
 # %% ../../nbs/2_training/08_run.ipynb #258c4e21
@@ -92,7 +98,7 @@ def loaders_from_config(
     data:dict, # the `data` entry of a config
 )->WSOLDataLoaders:
     "The loaders that a config describes."
-    d = dict(data)
+    d = dict(fast=False) | data # a config without it means images decoded in full
     roles, kind = d.pop('roles'), d.pop('kind', None)
     roles = {k: v for k, v in roles.items() if v is not None}
     if kind == 'metadata':

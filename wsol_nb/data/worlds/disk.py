@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 from fastprogress.fastprogress import progress_bar
+from filelock import FileLock
 
 from ...core import expect
 from .base import World, check_number, nth_scene
@@ -67,12 +68,17 @@ def _count(images):
     files = images.glob('*/*/*.jpg'), images.glob('masks/*/*/*.png')
     return tuple(sum(1 for _ in found) for found in files)
 
-def _is_written(images, meta, config, expected, overwrite):
-    "Whether this very world is complete, with `expected` files; if not, clear its place or refuse."
+def _is_whole(images, meta, config, expected):
+    "Whether this very world is there, with `expected` files."
+    stamp = meta/'world.json'
+    same = stamp.exists() and json.loads(stamp.read_text()) == config
+    return same and _count(images) == expected
+
+def _make_room(images, meta, config, overwrite):
+    "Clear the place of a world that is not whole, or refuse what is none or another one."
     stamp, started = meta/'world.json', meta/'world.json.part'
     if stamp.exists():
         differ = _differences(json.loads(stamp.read_text()), config)
-        if not differ and _count(images) == expected: return True
         if differ and not overwrite:
             raise ValueError(f'name: {images} holds another world ({"; ".join(differ)}), '
                              'expected overwrite=True or a new name')
@@ -80,7 +86,6 @@ def _is_written(images, meta, config, expected, overwrite):
         raise ValueError(f'name: {images} or {meta} exists and is not a synthetic world, '
                          'expected a new name')
     for folder in (images, meta): shutil.rmtree(folder, ignore_errors=True)
-    return False
 
 # %% ../../../nbs/0_ground/11_disk.ipynb #d02d71c4
 def _config(world, seed, counts):
@@ -130,6 +135,10 @@ def write_world(
     images, meta = Path(root)/name, Path(root)/'metadata'/name
     counts = config['counts']
     expected = sum(counts.values()), _n_masks(world, counts)
-    if not _is_written(images, meta, config, expected, overwrite):
-        _write(images, meta, world, config, progress)
+    if _is_whole(images, meta, config, expected): return images
+    images.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(images.with_name(f'.{name}.lock')): # another process may be writing it
+        if not _is_whole(images, meta, config, expected):
+            _make_room(images, meta, config, overwrite)
+            _write(images, meta, world, config, progress)
     return images
