@@ -63,9 +63,9 @@ def hangs(part): time.sleep(60)
 def works(part): part.add(name='works', value=2.)
 sys.modules['broken'] = sys.modules['__main__']
 gpu.__file__ = __file__
-gpu.GRACE, gpu.SECONDS = 0, {{True: 40}}
+gpu.GRACE, gpu.SECONDS = 0, {{True: 120}}
 names = 'raises', 'dies', 'hangs', 'works'
-shares = dict(raises=20, dies=20, hangs=1, works=1)
+shares = dict(raises=20, dies=20, hangs=1, works=20)
 gpu.PARTS = {{n: ('broken', n, shares[n], shares[n], n) for n in names}}
 gpu.NEEDED = ['torch']
 gpu.main()
@@ -181,7 +181,8 @@ def test_what_only_a_card_can_say(tmp_path, monkeypatch):
                  max_memory_allocated=lambda: next(held), is_available=lambda: True,
                  get_device_name=lambda: 'A card')
     for name, f in fakes.items(): monkeypatch.setattr(torch.cuda, name, f)
-    assert gpu_kit.measured_on('cuda', False, 'abc', 'x').items() >= dict(card='A card', driver='580.1').items()
+    said = gpu_kit.measured_on('cuda', False, 'abc', 'x')
+    assert (said['card'], said['driver'], said['device'], said['quick']) == ('A card', '580.1', 'cuda', False)
     assert gpu_kit.peak_mb(lambda: asked.append('call'), 'cuda') == 4
     assert asked == ['wait', 'reset', 'call', 'wait']
 
