@@ -98,6 +98,19 @@ def test_exif_turns_as_pil_does(orientation):
         assert np.array_equal(rgb(data, (60, 60), exif=turn), pil)
 
 
+def test_no_file_is_too_strange(tmp_path):
+    "Bytes of a JPEG changed at random are decoded as PIL would, or refused with the file's name."
+    rng, data = np.random.default_rng(0), np.frombuffer(encoded(smooth(90, 60)), np.uint8)
+    for k in range(60):
+        changed = data.copy()
+        changed[rng.integers(0, 250, 3)] = rng.integers(0, 256, 3) # in its tables
+        file = tmp_path/f'{k}.jpg'
+        file.write_bytes(changed.tobytes()[:rng.choice([len(data), 20, 200])])
+        try: pixels, extent = decode_small(file, (64, 64))
+        except BadImage as e: assert f'{k}.jpg' in str(e)
+        else: assert pixels.shape[2] == 3 and pixels.dtype == np.uint8
+
+
 def test_other_files_and_bad_ones(tmp_path):
     photo = smooth(300, 200)
     alpha = photo.convert('RGBA')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reduction', 'decode_small', 'crop_pixels']
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #95c0c19d
+# %% ../../nbs/0_ground/13a_pixels.ipynb #9f324d5d
 import io
 
 import cv2
@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..core import read_image
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #e47fcc70
+# %% ../../nbs/0_ground/13a_pixels.ipynb #ada7183a
 def reduction(
     size, # (W,H) of a JPEG
     need, # (W,H) that must be left
@@ -25,11 +25,11 @@ def reduction(
     enough = [w >= need[0] and h >= need[1] for w, h in zip(across, down)]
     return 2**sum(enough)
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #8069808b
+# %% ../../nbs/0_ground/13a_pixels.ipynb #25e4a5ca
 _ORIENTATION = 0x0112 # the EXIF tag; from 5 on the picture lies on its side
 
 def _frame(data):
-    "(W,H) of a JPEG with three colours, None of another file; PIL's own way takes five times as long."
+    "(W,H) of a JPEG with three colours, None of another file; nothing else of it is read."
     at = 2
     while data[:2] == b'\xff\xd8' and at + 9 < len(data) and data[at] == 0xff:
         kind, length = data[at + 1], int.from_bytes(data[at + 2:at + 4])
@@ -46,7 +46,7 @@ def _is_whole(data):
     "Whether a JPEG has its end; a few writers add zeros."
     return data.rstrip(b'\0').endswith(b'\xff\xd9')
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #79206c3d
+# %% ../../nbs/0_ground/13a_pixels.ipynb #bf4099c1
 _HOW = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
         8: cv2.IMREAD_REDUCED_COLOR_8}
 
@@ -67,7 +67,7 @@ def _bytes_of(file):
         with open(file, 'rb') as f: return f.read()
     except OSError: return b''
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #dbec70e0
+# %% ../../nbs/0_ground/13a_pixels.ipynb #5fcb61d9
 def decode_small(
     file, # path of an image file, or its bytes
     need, # (W,H) that must be left
@@ -79,7 +79,7 @@ def decode_small(
     img = read_image(io.BytesIO(file) if isinstance(file, bytes) else file, exif)
     return np.array(img)[..., ::-1], img.size
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #96d2473e
+# %% ../../nbs/0_ground/13a_pixels.ipynb #183604e9
 def _resized(x, extent, to):
     "(3,H,W) bytes, of which `extent` (W,H) is picture, at least (W,H) large; PIL's formula."
     if x.shape[:0:-1] == to == tuple(extent): return x
@@ -87,7 +87,7 @@ def _resized(x, extent, to):
     how = dict(mode='bilinear', antialias=True, recompute_scale_factor=False)
     return torch.nn.functional.interpolate(x[None], scale_factor=scale, **how)[0]
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #93576584
+# %% ../../nbs/0_ground/13a_pixels.ipynb #505ead6b
 def crop_pixels(
     pixels, # (H,W,3) uint8, blue, green, red
     size:int, # side of the crop
