@@ -103,14 +103,14 @@ def settings(kind):
     return {k: v for k, v in CALLS.items() if k in inspect.signature(kind.__init__).parameters}
 
 
-def calling(name, n=2, target=(1, 0, 2, 4)):
+def calling(name, n=2, target=(1, 0, 2, 4), **kw):
     "What a call on `n` images asked of the device; and its maps, there and here."
     entry, net = entries('localizer')[name], small_net(entries('localizer')[name].facts['needs'])
     kind, x = entry.load(), torch.rand(4, 3, 64, 96, generator=torch.Generator().manual_seed(2))[:n]
     target = target[:n] if isinstance(target, tuple) else target
     here = kind(net, **settings(kind))(x, target)
     with Elsewhere() as d:
-        loc, x = kind(d.move(net), **settings(kind)), d.put(x)
+        loc, x = kind(d.move(net), **settings(kind), **kw), d.put(x)
         loc(x, target) # the first call finds the layer
         d.crossings.clear()
         there = loc(x, d.put(target) if isinstance(target, torch.Tensor) else target)
