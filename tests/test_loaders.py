@@ -1,11 +1,13 @@
-"How pixels come to a model: as bytes, exactly in evaluation, decoded small in training where that was asked for."
+"How pixels come to a model: as bytes, exactly in evaluation, decoded small in training where asked for."
 import io
 import pickle
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from helpers import raises, same
+from helpers import raises, same, same_state
 from PIL import Image
 
 from wsol_nb.core import BadImage, read_image
@@ -14,10 +16,13 @@ from wsol_nb.data.dataset import DataInfo, WSOLDataset
 from wsol_nb.data.geometry import RECIPES, Geometry, apply_geometry, draw_colours, jitter_colours, to_tensor
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.pixels import crop_pixels, decode_small, reduction
+from wsol_nb.data.shards import shard_loaders, write_shards
 from wsol_nb.data.stores import LabelStore, MapStore
+from wsol_nb.train.checkpoint import Checkpoint, resume
 from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.method import GAP
 from wsol_nb.train.run import loaders_from_config, run_config
+from fastai.callback.core import Callback
 
 LEVEL = 1/255
 
@@ -37,18 +42,20 @@ def encoded(img, kind='JPEG', **options):
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     "A world's layout with JPEGs large enough to be decoded at a half, a quarter and an eighth."
-    import pandas as pd
     folder, rows = tmp_path_factory.mktemp('photos'), []
     sides = (70, 60), (200, 150), (300, 280), (640, 520)
     for i, split in enumerate(8*['train'] + 4*['val'] + 4*['test']):
         w, h = sides[i % 4]
         smooth(w, h, i).save(folder/f'{i}.jpg', quality=95)
-        rows.append(dict(image_id=f'{i}.jpg', path=str(folder/f'{i}.jpg'), label=i % 2, class_name='ab'[i % 2],
-                         split=split, width=w, height=h, boxes=np.array([[1, 2, 30, 40]]), mask=[], ignore=''))
+        file, box = f'{i}.jpg', np.array([[1, 2, 30, 40]])
+        row = dict(image_id=file, path=str(folder/file), label=i % 2, class_name='ab'[i % 2], split=split)
+        rows.append(row | dict(width=w, height=h, boxes=box, mask=[], ignore=''))
     return pd.DataFrame(rows)
 
 
-def load(df, **kw): return WSOLDataLoaders.from_manifest(df, **dict(size=56, resize=64, bs=4, device='cpu') | kw)
+def load(df, **kw):
+    options = dict(size=56, resize=64, bs=4, device='cpu') | kw
+    return WSOLDataLoaders.from_manifest(df, **options)
 
 
 def batches(dl, epoch=0):
@@ -271,3 +278,78 @@ def test_arrays_and_pictures_in_the_table(photos):
     info = dict(size=56, resize=64, fast=True)
     from_files, from_arrays = (WSOLDataset(t, DataInfo(t, **info), train=True) for t in (photos, arrays))
     for i in (0, 4): same(from_arrays[i][0], from_files[i][0]) # 70 by 60, decoded in full
+
+
+# shards
+
+@pytest.fixture
+def webdataset():
+    reason = 'webdataset is not installed (wsol_nb[shards])'
+    return pytest.importorskip('webdataset', reason=reason)
+
+
+@pytest.fixture
+def shards(webdataset, photos, tmp_path):
+    dls = load(photos, fast=True)
+    return dls, write_shards(dls.train.dataset.df, tmp_path/'shards', per_shard=3)
+
+
+def passed_by(dl, epoch):
+    "Image -> label of an epoch, each image once."
+    seen = [(x.numpy().tobytes(), int(y)) for xs, ys in batches(dl, epoch) for x, y in zip(xs, ys)]
+    assert len(seen) == len(set(seen))
+    return dict(seen)
+
+
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize('workers', [0, 2, 5]) # five are more than there are shards
+def test_shards_have_the_images_of_files(shards, photos, fast, workers):
+    options = dict(fast=fast, bs=2, recipe='histology', resize=64)
+    files, parts = load(photos, **options), load(photos, num_workers=workers, **options)
+    dls = shard_loaders(parts, shards[1], buffer=4)
+    dls.train.drop_last = False
+    for epoch in (0, 2):
+        assert passed_by(dls.train, epoch) == passed_by(files.train, epoch)
+        dls.train.set_epoch(epoch)
+        n = len(dls.train) # of this epoch; it hangs on which worker has which shards
+        assert len([*dls.train]) == n
+    order = [torch.cat([y for _, y in batches(dls.train, epoch)]).tolist() for epoch in (1, 1)]
+    assert order[0] == order[1]
+
+
+def test_shards_train_and_resume(shards, tmp_path):
+    dls = shard_loaders(*shards)
+    def learner(): return wsol_learner(dls, 'test_resnet', localization=False, verbose=False, path=tmp_path,
+                                       cbs=Checkpoint(tmp_path))
+    def fit(learn, **kw):
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, **kw)
+    at_once = learner()
+    fit(at_once)
+    class Stop(Exception): pass
+    class Stopped(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: raise Stop('here')
+    (tmp_path/'checkpoint.pt').unlink()
+    with pytest.raises(Stop): fit(learner(), cbs=Stopped())
+    again = learner()
+    assert resume(again, tmp_path) == 1
+    fit(again)
+    assert same_state(at_once.model, again.model)
+
+
+def test_shards_say_what_is_wrong(shards, photos, tmp_path, monkeypatch):
+    dls, folder = shards
+    raises('a folder without shards', write_shards, dls.train.dataset.df, folder)
+    raises('at least one image', write_shards, photos[:0], tmp_path/'none')
+    raises('`write_shards` finished', shard_loaders, dls, tmp_path)
+    fewer = load(photos.drop(index=0))
+    raises("folder='8 images': expected 7", shard_loaders, fewer, folder)
+    renamed = photos.assign(image_id=[f'x{i}' for i in range(len(photos))])
+    raises('the images of the table', list, shard_loaders(load(renamed), folder).train)
+    (tmp_path/'cut.jpg').write_bytes(open(photos.path[0], 'rb').read()[:300])
+    broken = photos.assign(path=str(tmp_path/'cut.jpg'))
+    rows = broken[broken.split == 'train']
+    raises('.jpg in 000000.tar', list, shard_loaders(load(broken), write_shards(rows, tmp_path/'cut')).train,
+           error=BadImage)
+    monkeypatch.setitem(sys.modules, 'webdataset', None)
+    raises('pip install "wsol_nb[shards]"', write_shards, rows, tmp_path/'other', error=ImportError)

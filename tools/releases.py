@@ -38,7 +38,8 @@ def lock():
     "Write both constraint files."
     config = configparser.ConfigParser(delimiters=['='])
     config.read(root/'settings.ini', encoding='utf-8')
-    asked = '\n'.join(config['DEFAULT']['requirements'].split())
+    lists = (config['DEFAULT'][k].split() for k in ('requirements', 'shards_requirements'))
+    asked = '\n'.join(name for names in lists for name in names)
     for name, resolution in dict(oldest='lowest-direct', newest='highest').items():
         file = root/f'constraints-{name}.txt'
         uv('pip', 'compile', '--quiet', '--universal', '--python-version', config['DEFAULT']['min_python'],
@@ -75,7 +76,8 @@ def make_environment(name, python, place):
     "An environment with the built wheel and the frozen releases; its Python."
     wheel, own = build_wheel(place), place/'env/bin/python'
     uv('venv', '--quiet', '--python', python, place/'env')
-    uv('pip', 'install', '--quiet', '--python', own, '-c', f'constraints-{name}.txt', wheel, 'pytest')
+    uv('pip', 'install', '--quiet', '--python', own, '-c', f'constraints-{name}.txt',
+       f'wsol_nb[shards] @ {wheel.as_uri()}', 'pytest')
     listed = uv('pip', 'list', '--python', own, '--format', 'freeze', capture_output=True, text=True).stdout
     versions = dict(line.split('==') for line in listed.splitlines() if '==' in line)
     print('  ' + ', '.join(f'{k} {versions[k]}' for k in SHOWN), flush=True)
@@ -145,6 +147,12 @@ def conformance(own, place):
     print(f'    {said.strip().splitlines()[-1]}')
 
 
+def loaders(own, place):
+    "That pixels are the same to the bit, and that training from shards goes."
+    said = run('loaders', [own, '-m', 'pytest', '-q', 'tests/test_loaders.py'], place)
+    print(f'    {said.strip().splitlines()[-1]}')
+
+
 def demo(own, place):
     "To its end, with the lines of its table that matter."
     said = run('wsol_demo', [own.parent/'wsol_demo'], place)
@@ -164,7 +172,7 @@ def trial(name):
         with tempfile.TemporaryDirectory() as place:
             own = make_environment(name, python, Path(place))
             import_everything(own, Path(place))
-            parts = [walk] if done else [walk, conformance, demo]
+            parts = [walk] if done else [walk, conformance, loaders, demo]
             for part in parts: part(own, Path(place))
         print(f'  {time.time() - start:.0f} s', flush=True)
         done += 1

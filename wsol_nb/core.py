@@ -216,6 +216,12 @@ def env_folder(
     return Path(value)
 
 # %% ../nbs/0_ground/00_core.ipynb #b6317da5
+def _said_of(path, error):
+    "A failed write as an error that names the file."
+    why = getattr(error, 'strerror', None) or error
+    kept = 'what was there before is kept' if path.exists() else 'nothing is there'
+    return OSError(f'{path}: could not be written ({why}); {kept}')
+
 @contextmanager
 def whole_file(
     path, # the file; its folder is made
@@ -227,6 +233,7 @@ def whole_file(
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as e: raise _said_of(path, e) from e # torch's is the second
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/0_ground/00_core.ipynb #e8b162e1

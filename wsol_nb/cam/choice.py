@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .trace import IDLE, RECTIFIERS, eager, follow, hooked, is_pool
+from .trace import (
+    IDLE, RECTIFIERS, eager, follow, follow_end, hooked, is_pool)
 from ..core import expect
 from ..registry import did_you_mean
 
@@ -221,17 +222,33 @@ class Found(NamedTuple):
     logits: object
     notes: list
 
-def find_features(model, x, ask):
-    "One pass that finds the layer that the classifier pools, and reads it where possible."
-    logits, seen = follow(model, x, late_module(model), ask)
-    end = seen.trace.of(logits)
-    choice = end and _choose(end, seen)
-    if not choice: _no_layer(model, x)
+def _found(model, x, ask, logits, seen, choice):
     layer, step, notes = choice
     _refuse_tokens(model, layer, step, x)
     layout = find_layout(model, layer.name, step.shape, step.axis, x, ask, last=True)
     call = 0 if layer.call is None else seen.runs[layer.name] + layer.call
     return Found(layer._replace(layout=layout), call, seen.kept.get(step), logits, notes)
+
+def _at_once(model, x, ask):
+    "What following only the end of a pass shows, if that is all there is to see."
+    begin = late_module(model)
+    if begin is None: return None
+    logits, seen = follow_end(model, x, begin, ask)
+    end = seen.trace.of(logits)
+    steps = end.features() if end and seen.trace.whole and not end.cramped else ()
+    clear = steps and all(s in seen.kept and _place(s, seen) for s in steps)
+    return _found(model, x, ask, logits, seen, _choose(end, seen)) if clear else None
+
+def find_features(model, x, ask):
+    "The layer that the classifier pools, and its output where the same pass has read it."
+    on = torch.is_grad_enabled()
+    if found := _at_once(model, x, ask): return found
+    torch.set_grad_enabled(on)
+    logits, seen = follow(model, x, late_module(model), ask)
+    end = seen.trace.of(logits)
+    choice = end and _choose(end, seen)
+    if not choice: _no_layer(model, x)
+    return _found(model, x, ask, logits, seen, choice)
 
 # %% ../../nbs/3_cam/01_choice.ipynb #17a9b07c
 def feature_layer(

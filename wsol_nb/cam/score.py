@@ -371,11 +371,10 @@ class AblationCAM(ChannelLocalizer):
         w, at = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32), None
         with no_autocast(x.device) if low else nullcontext():
             for i, ks in self.jobs(self.chosen_alive(A)):
-                one = slice(i, i + 1)
                 if at != i: # the first channels of another image
-                    about = x[one], A[one], logits[one], self.door
-                    at, tail = i, _Tail(model, self.at, *about)
-                    whole = _scores_of(target, logits, i, tail(A[one].clone()))[0] # t
+                    at, one = i, [t[i:i + 1] for t in (x, A, logits)]
+                    tail = _Tail(model, self.at, *one, self.door)
+                    whole = _scores_of(target, logits, i, tail(one[1].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T
         return w

@@ -133,7 +133,9 @@ class Trace(TorchFunctionMode):
     "Follows what is made of the images `x`; `keep(step, tensor)` may exchange a rectified tensor."
     def __init__(self, x, keep=None):
         super().__init__()
-        self.steps, self.keep, self.image = {}, keep, Step('image', x.shape, axis=1)
+        self.steps, self.keep, self.n = {}, keep, len(x)
+        self.whole = True # nothing was pooled of what is not followed
+        self.image = Step('image', x.shape, axis=1)
         self.put(x, self.image)
 
     def put(self, t, step, own=True):
@@ -151,6 +153,11 @@ def _is_weighted(trace, name, args, kwargs):
     if name in _CONVS or name == 'linear': return True
     return name in _PRODUCTS and any(trace.of(t) is None for t in _tensors(args, kwargs))
 
+def _comes_from_elsewhere(trace, args, kwargs):
+    "Whether something of each image, and not a weight, was not made of what is followed."
+    tensors = (t for t in _tensors(args, kwargs) if not isinstance(t, nn.Parameter))
+    return any(t.ndim > 1 and len(t) == trace.n and trace.of(t) is None for t in tensors)
+
 def _note(trace, name, args, kwargs, inputs, t):
     "The step of an operation's output."
     x, shape = inputs[0], tuple(t.shape)
@@ -158,6 +165,7 @@ def _note(trace, name, args, kwargs, inputs, t):
     step = Step(name, shape, tuple(inputs), _is_weighted(trace, name, args, kwargs),
                 _axis(name, args, kwargs, x, inputs, shape))
     if name in _CONVS and _is_cramped(args, kwargs, shape): step.cramped = True
+    if not step.wide and _comes_from_elsewhere(trace, args, kwargs): trace.whole = False
     if name in _SAME and x.shape == shape: trace.put(t, x, trace.of(args[0], own=True) is not None)
     elif name in _POOLS and step.wide or name == 'pad': trace.put(t, x, own=False)
     else:
@@ -190,10 +198,10 @@ def leaf(t):
     return t if t.requires_grad else t.detach().requires_grad_()
 
 class Followed:
-    "What `follow` saw: steps, how often each module ran, and the tensors kept since the graph began."
-    def __init__(self, model, x, begin):
-        self.names = {m: n for n, m in model.named_modules()}
-        self.begin, self.kept, self.runs = begin, {}, {}
+    "What was seen of a pass: steps, how often modules ran, what was kept since the graph began."
+    def __init__(self, model, x, begin, names):
+        self.model, self.begin, self.names = model, begin, names
+        self.kept, self.runs = {}, {}
         self.trace = Trace(x, self.rectified)
 
     def rectified(self, step, t):
@@ -202,6 +210,11 @@ class Followed:
         self.kept[step], t = t, t.clone()
         self.trace.put(t, step)
         return t
+
+    def note(self, m, call, args, out):
+        "A module has run: its steps get its name."
+        self.runs[self.names[m]] = call + 1
+        return _named(self, m, call, args, out)
 
 # %% ../../nbs/3_cam/00_trace.ipynb #da51f890
 def _ends(followed, m, args, out):
@@ -222,12 +235,50 @@ def _named(followed, m, call, args, out):
     followed.kept[step] = out = leaf(out)
     return out.clone() # traced: it has the same step
 
-# %% ../../nbs/3_cam/00_trace.ipynb #3894e450
-def follow(model, x, begin=None, ask=lambda model, x: model(x)):
+# %% ../../nbs/3_cam/00_trace.ipynb #15ef258d
+def _plain(model, x): return model(x)
+
+def follow(model, x, begin=None, ask=_plain):
     "A pass that is followed, with a graph from `begin` on: the logits, and a `Followed`."
-    seen = Followed(model, x, begin)
-    def note(m, call, args, out):
-        seen.runs[seen.names[m]] = call + 1
-        return _named(seen, m, call, args, out)
-    with eager(), hooked(seen.names, note), seen.trace: logits = ask(model, x)
+    names = {m: n for n, m in model.named_modules()}
+    seen = Followed(model, x, begin, names)
+    with eager(), hooked(names, seen.note), seen.trace: logits = ask(model, x)
+    return logits, seen
+
+# %% ../../nbs/3_cam/00_trace.ipynb #ebe6715c
+def _late_names(model, begin):
+    "The modules from `begin` on in the order of registration, and those that it is a part of."
+    names = {m: n for n, m in model.named_modules()}
+    order, name = list(names), names[begin]
+    late = order[order.index(begin):]
+    above = [m for m in order if name.startswith(names[m] + '.') or not names[m]]
+    return {m: names[m] for m in [*above, *late]}
+
+class _FollowedEnd(Followed):
+    "Follows from the first output of `begin` to the end of the forward pass."
+    on = False
+    def note(self, m, call, args, out):
+        if m is self.begin and not self.on and isinstance(out, torch.Tensor): self.start(out)
+        kept = super().note(m, call, args, out) if self.on else self.count(m, call)
+        if m is self.model: self.stop()
+        return kept
+
+    def count(self, m, call): self.runs[self.names[m]] = call + 1
+
+    def start(self, out):
+        self.on = True
+        self.trace.put(out, Step('begin', out.shape, (self.trace.image,)))
+        self.trace.__enter__()
+
+    def stop(self):
+        if self.on: self.trace.__exit__(None, None, None)
+        self.on = False
+
+# %% ../../nbs/3_cam/00_trace.ipynb #9039d04f
+def follow_end(model, x, begin, ask=_plain):
+    "As `follow`, but only from the module `begin` on."
+    seen = _FollowedEnd(model, x, begin, _late_names(model, begin))
+    try:
+        with eager(), hooked(seen.names, seen.note): logits = ask(model, x)
+    finally: seen.stop()
     return logits, seen

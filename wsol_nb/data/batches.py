@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['turn_hue', 'recolour', 'Item', 'ByteBatch', 'MakeFloats', 'floats_first']
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #e3319522
+# %% ../../nbs/0_ground/13b_batches.ipynb #78c769c8
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from .geometry import to_float
 from fasttransform import Pipeline, Transform
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #7f0c594b
+# %% ../../nbs/0_ground/13b_batches.ipynb #bc03b13a
 def _grey(x): # b,3,h,w -> b,1,h,w
     r, g, b = x.unbind(1)
     return (.299*r + .587*g + .114*b)[:, None]
@@ -30,7 +30,7 @@ def _hue(x, v, span): # b,h,w
     turn = torch.where(v == g, (b - r)/span + 2, (r - g)/span + 4)
     return torch.where(v == r, (g - b)/span % 6, turn).nan_to_num_(0, 0, 0)
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #48b7fe7a
+# %% ../../nbs/0_ground/13b_batches.ipynb #4331c622
 def turn_hue(
     x:torch.Tensor, # (B,3,H,W) RGB in [0,1]
     turn:torch.Tensor, # (B,) share of the colour circle
@@ -53,14 +53,14 @@ def recolour(
     x = _from(_grey(x), x, saturation)
     return turn_hue(x, turn.flatten()/256)
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #ec37ba1c
+# %% ../../nbs/0_ground/13b_batches.ipynb #2b4752cf
 class Item(NamedTuple):
     "An image on its way to a batch."
     pixels: torch.Tensor   # (3,H,W) uint8
     rest: tuple = ()       # label and map, where there are some
     colours: tuple = None  # a `Colours` to be applied; None: as it is
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #755b967d
+# %% ../../nbs/0_ground/13b_batches.ipynb #6b66b400
 class ByteBatch:
     "Images as bytes, what goes along, and the device that they are for."
     def __init__(self,
@@ -69,6 +69,8 @@ class ByteBatch:
         colours:torch.Tensor=None, # (B,4) for `recolour`
         device=None, # where `floats` makes floats; None: where the bytes are
     ): self.x, self.rest, self.colours, self.device = x, tuple(rest), colours, device
+
+    def __len__(self): return len(self.x)
 
     @classmethod
     def of(cls, items, device=None):
@@ -94,7 +96,7 @@ class ByteBatch:
         x = to_float(there.x)
         return x if there.colours is None else recolour(x, there.colours), *there.rest
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #147cf296
+# %% ../../nbs/0_ground/13b_batches.ipynb #0af5d748
 class MakeFloats(Transform):
     "Turns a `ByteBatch` into the tuple that a model sees."
     order = -100 # before whatever else is done to a batch

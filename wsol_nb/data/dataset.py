@@ -6,7 +6,7 @@
 __all__ = ['DataInfo', 'WSOLDataset', 'WSOLDL', 'Part', 'LocBatch', 'LocalizableSplit']
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #95d2d9be
-import copy, math
+import copy, io, math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -134,8 +134,9 @@ def _placed(stored, recipe, size, resize, geometry):
     return torch.from_numpy(np.array(placed, dtype=np.int64))
 
 def _opened(image, exif):
-    "A file, an array or a PIL image as an RGB PIL image."
-    if isinstance(image, (str, Path)): return read_image(image, exif=exif)
+    "A file, its bytes, an array or a PIL image as an RGB PIL image."
+    if isinstance(image, bytes): image = io.BytesIO(image)
+    if isinstance(image, (str, Path, io.BytesIO)): return read_image(image, exif=exif)
     return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert('RGB')
 
 # %% ../../nbs/0_ground/14_dataset.ipynb #01d4d50f
@@ -296,6 +297,7 @@ def show_results(self:WSOLDL, b, out, max_n=9, **kwargs):
     "Images with true and predicted class."
     info = self.dataset.info
     if info.multi_label: return self.show_batch(b, max_n, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out # as `Interpretation` has it
     pred = out.argmax(1) if out.ndim == 2 else out
     pairs = [(_class_text(info, y), _class_text(info, p)) for y, p in zip(b[1], pred)]
     self.show_batch(b, max_n, titles=[f'{y}\n→ {p}' for y, p in pairs], **kwargs)
