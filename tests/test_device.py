@@ -115,7 +115,7 @@ def test_a_training_step_waits_for_nothing(name, dls, tmp_path):
     same(losses, here(name, dls, tmp_path), 0)
 
 
-class Losses(Callback):
+class LossOfSteps(Callback):
     "The loss of each training step, and whether its gradients are finite."
     def before_fit(self): self.of_steps, self.finite = [], []
 
@@ -129,7 +129,7 @@ class Losses(Callback):
 
 def here(name, dls, path, cbs=(), **fields):
     set_seed(0)
-    seen = Losses()
+    seen = LossOfSteps()
     fit_quietly(copies.small_learner(name, dls, path, [seen, *cbs], **fields))
     assert seen.finite and all(seen.finite)
     return torch.stack(seen.of_steps)

@@ -57,7 +57,7 @@ def small_learner(name, dls, path, cbs=(), **fields):
     return wsol_learner(dls, method=kind(**fields), cbs=cbs, **arch, **options)
 
 
-class CountSteps(Callback):
+class CrossingsOfSteps(Callback):
     "What each training step asked of the device, from a batch that is there to weights that have learnt."
     order = 1000
     def __init__(self, device): self.device, self.each, self.values = device, [], []
@@ -81,7 +81,7 @@ def training(name, dls, path, **fields):
     "What each step of a method's training asked of the device: lists of `Crossing`s; and the losses."
     set_seed(0)
     with Elsewhere() as d:
-        seen = CountSteps(d)
+        seen = CrossingsOfSteps(d)
         learn = small_learner(name, dls.new().to(d.device), path, [seen, BatchIsThere(d)], **fields)
         learn.model = d.move(learn.model)
         learn.remove_cb(CastToTensor) # fastai's check that a tensor is of no class of its own
