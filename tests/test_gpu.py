@@ -163,6 +163,14 @@ def test_what_wheels_bring(tmp_path, monkeypatch, capsys):
     assert 'there is no wheel in it' in capsys.readouterr().err
 
 
+def test_the_page_shows_every_part():
+    "Its tables are made anew where the site is made (`exec_doc`), from whatever was measured."
+    page = json.loads((root/'nbs/tutorials/gpu.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = [''.join(c['source']) for c in page if c['cell_type'] == 'code']
+    for name in [*gpu.PARTS, 'parts']:
+        assert any(s.startswith(f"#| exec_doc\nshow('{name}',") for s in shown), name
+
+
 def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setattr(gpu, 'NEEDED', ['torch', 'surely_not_there'])
     with pytest.raises(SystemExit): gpu.check('cpu', None)
