@@ -216,6 +216,10 @@ def env_folder(
     return Path(value)
 
 # %% ../nbs/0_ground/00_core.ipynb #b6317da5
+def _is_of_writing(error):
+    "Whether an error is that of a write: the system's, torch's or that of safetensors."
+    return isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == 'SafetensorError'
+
 def _said_of(path, error):
     "A failed write as an error that names the file."
     why = getattr(error, 'strerror', None) or error
@@ -233,7 +237,9 @@ def whole_file(
     try:
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as e: raise _said_of(path, e) from e # torch's is the second
+    except Exception as e:
+        if not _is_of_writing(e): raise
+        raise _said_of(path, e) from e
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/0_ground/00_core.ipynb #44516910
