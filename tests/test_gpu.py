@@ -1,6 +1,7 @@
-"make gpu: says so where there is no GPU, goes on after a failure, asks whom the registry knows, marks its rows."
+"make gpu: says so where there is no GPU, goes on after a failure, asks all of the registry, marks its rows."
 import csv
 import json
+import os
 import sys
 import time
 
@@ -13,6 +14,7 @@ import gpu
 import gpu_cells
 import gpu_kit
 import gpu_same
+import gpu_speed
 
 from wsol_nb.registry import entries
 
@@ -61,9 +63,9 @@ def hangs(part): time.sleep(60)
 def works(part): part.add(name='works', value=2.)
 sys.modules['broken'] = sys.modules['__main__']
 gpu.__file__ = __file__
-gpu.GRACE, gpu.SECONDS = 0, {{True: 40}}
+gpu.GRACE, gpu.SECONDS = 0, {{True: 120}}
 names = 'raises', 'dies', 'hangs', 'works'
-shares = dict(raises=20, dies=20, hangs=1, works=1)
+shares = dict(raises=20, dies=20, hangs=1, works=20)
 gpu.PARTS = {{n: ('broken', n, shares[n], shares[n], n) for n in names}}
 gpu.NEEDED = ['torch']
 gpu.main()
@@ -126,7 +128,8 @@ def test_conformance_sees_a_difference(tmp_path):
     calls = iter(range(99))
     gpu_same.compare(p, 'loss', 'near', lambda _, dtype: torch.ones(3, dtype=dtype) + 1e-9*next(calls))
     gpu_same.compare(p, 'loss', 'far', lambda _, dtype: torch.ones(3, dtype=dtype)*next(calls))
-    gpu_same.compare(p, 'loss', 'nan', lambda device, dtype: torch.full((3,), float('nan')))
+    nan = torch.full((3,), float('nan'))
+    gpu_same.compare(p, 'loss', 'nan', lambda *_: (torch.ones(3), nan))
     assert [r['same'] for r in p.rows] == [True, False, False]
     assert len(p.failed) == 4 and 'far: float64 differs by' in p.failed[0]
 
@@ -144,7 +147,8 @@ def test_cells_for_a_gpu_run_with_what_they_need(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     p = part(tmp_path)
     gpu_cells.cells(p)
-    assert [(r['notebook'], r['cell'], r['printed']) for r in p.rows] == [('some.ipynb', 6, '3.0')] and not p.failed
+    found = [(r['notebook'], r['cell'], r['printed']) for r in p.rows]
+    assert found == [('some.ipynb', 6, '3.0')] and not p.failed
     monkeypatch.undo()
     assert any(nb.name == '02_crf.ipynb' for nb, _ in gpu_cells.notebooks())
 
@@ -159,10 +163,45 @@ def test_what_wheels_bring(tmp_path, monkeypatch, capsys):
     assert 'there is no wheel in it' in capsys.readouterr().err
 
 
+def test_the_page_shows_every_part():
+    "Its tables are made anew where the site is made (`exec_doc`), from whatever was measured."
+    page = json.loads((root/'nbs/tutorials/gpu.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = [''.join(c['source']) for c in page if c['cell_type'] == 'code']
+    for name in [*gpu.PARTS, 'parts']:
+        assert any(s.startswith(f"#| exec_doc\nshow('{name}',") for s in shown), name
+
+
 def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setattr(gpu, 'NEEDED', ['torch', 'surely_not_there'])
     with pytest.raises(SystemExit): gpu.check('cpu', None)
     assert 'lacks surely_not_there' in capsys.readouterr().err
+
+
+def test_what_only_a_card_can_say(tmp_path, monkeypatch):
+    "With a card that is made up: its driver, the peak of its memory, the largest batch that fits."
+    smi = tmp_path/'nvidia-smi'
+    smi.write_text('#!/bin/sh\necho 580.1')
+    smi.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    held, asked = iter([2**20, 5*2**20]), []
+    fakes = dict(synchronize=lambda: asked.append('wait'), memory_allocated=lambda: next(held),
+                 reset_peak_memory_stats=lambda: asked.append('reset'), empty_cache=lambda: None,
+                 max_memory_allocated=lambda: next(held), is_available=lambda: True,
+                 get_device_name=lambda: 'A card')
+    for name, f in fakes.items(): monkeypatch.setattr(torch.cuda, name, f)
+    said = gpu_kit.measured_on('cuda', False, 'abc', 'x')
+    assert (said['card'], said['driver'], said['device'], said['quick']) == ('A card', '580.1', 'cuda', False)
+    assert gpu_kit.peak_mb(lambda: asked.append('call'), 'cuda') == 4
+    assert asked == ['wait', 'reset', 'call', 'wait']
+
+    class Step:
+        by, side = 'timm', 224
+        def batch(self, bs): self.bs = bs
+        def __call__(self):
+            if self.bs > 600: raise gpu_kit.OUT_OF_MEMORY('full')
+    p = part(tmp_path)
+    gpu_speed.largest(p, Step(), 'net', 'bf16')
+    assert p.rows[0]['largest_batch'] == 512
 
 
 def test_one_part_to_its_table(tmp_path):

@@ -37,7 +37,7 @@ PARTS = dict(
     methods=('gpu_methods', 'methods', 32, 33, 'steps of every method in half precision and compiled'))
 SECONDS = {False: 450, True: 215} # for all parts, by --quick
 TRIAL = root/'gpu-quick' # tables of what counts for nothing
-GRACE = 25 # seconds after its time at which a part is stopped
+GRACE = 20 # seconds after its time at which a part is stopped
 
 
 # before anything heavy is imported
@@ -85,10 +85,11 @@ import importlib.util, sys
 missing = [name for name in sys.argv[2:] if importlib.util.find_spec(name) is None]
 if missing: sys.exit(f'{sys.executable} lacks {", ".join(missing)}; what is compiled must be there, '
                      'WHEELS=DIR brings the rest (make wheels)')
+if sys.argv[1] == 'cpu': sys.exit()
 import torch
-if sys.argv[1] == 'cuda' and not torch.cuda.is_available():
+if not torch.cuda.is_available():
     sys.exit(f'there is a CUDA device, but torch {torch.__version__} of {sys.executable} does not see it')
-print(f'torch {torch.__version__}, {torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU"}')
+print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}', flush=True)
 """
 NEEDED = ['torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'cv2', 'numba', 'numpy', 'pandas', 'scipy',
           'sklearn', 'matplotlib', 'PIL', 'safetensors', 'filelock']
@@ -99,7 +100,7 @@ def check(device, env):
     r = subprocess.run([sys.executable, '-c', CHECK, device, *NEEDED], env=env, cwd=root,
                        capture_output=True, text=True)
     if r.returncode: refuse(r.stderr.strip()[-1500:])
-    print(r.stdout.strip(), flush=True)
+    print(r.stdout, end='', flush=True)
 
 
 # parts

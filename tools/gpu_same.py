@@ -48,8 +48,7 @@ def difference(a, b):
     a, b = [[t.detach().cpu().double() for t in tensors(answer)] for answer in (a, b)]
     if [t.shape for t in a] != [t.shape for t in b] or not a: return math.inf
     off = [((p - q).abs()/q.abs().max().clamp(min=1)).max() for p, q in zip(a, b) if p.numel()]
-    largest = max((o.item() for o in off), default=0.)
-    return largest if largest == largest else math.inf
+    return torch.stack(off).max().nan_to_num(math.inf).item() if off else 0.
 
 
 def compare(part, kind, name, answer, tolerances=TOLERANCE):

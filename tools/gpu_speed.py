@@ -1,10 +1,11 @@
 """How fast, in how much memory: training by batch, localizers beside their peers, losses over pixel pairs"""
 import importlib.util
 import inspect
+import io
 import itertools
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 
 import torch
 from gpu_kit import FEW, OUT_OF_MEMORY, ask, few, fitting, matmul_tflops, nets, peak_mb, seconds
@@ -180,6 +181,7 @@ def times_of(part, entry, bs, arch, side, made):
     if not (with_peers and layers): return
     with ExitStack() as stack:
         calls = peers(entry.name, net, net.get_submodule(layers[0]), x, classes, stack)
+        stack.enter_context(redirect_stderr(io.StringIO())) # bars of progress
         for library, call in calls.items():
             try: add_time(part, row | dict(library=library), call, base)
             except Exception as e: part.miss(f'{library} {entry.name}', f'{type(e).__name__}: {e}')
@@ -215,7 +217,10 @@ def pairwise(part):
         if cell and 'cell' not in takes: continue
         with part.guard(f'{name} at {side}, cell {cell}'):
             loss = pair_call(part, o, side, bs, dict(cell=cell) if 'cell' in takes else {})
-            once = seconds(loss, part.device, 0 if part.quick else .2)
+            try: once = seconds(loss, part.device, 0 if part.quick else .2)
+            except ValueError as e: # a grid of too many nodes
+                part.miss(f'{name} at {side}', str(e))
+                continue
             part.add(loss=name, way='exact' if cell is None else f'grid {cell}', batch=bs, side=side,
                      ms=round(1e3*once, 2), peak_mb=round(peak_mb(loss, part.device), 1),
                      full_w_mb=round(bs*side**4*4/2**20), step_of=arch, step_side=step.side,

@@ -8,6 +8,7 @@ crop of 224, a flip, floats in [0,1], batches of 32. They run in turns, so that 
 in a process that keeps its memory (`keep_memory`, as in training on a CPU). What counts is the processor's
 time, that of workers and of their start with it, on one thread a process: images a second of a core.
 """
+import itertools
 import math
 import os
 import resource
@@ -124,6 +125,7 @@ LOADERS = {'wsol_nb, fast': partial(ours, fast=True), 'wsol_nb': partial(ours, f
            'torchvision v2, resize of tensors': partial(torchvision, first='tensor'),
            'fastai, flip of an item': partial(fastai, flip='item'),
            'fastai, flip of a batch': partial(fastai, flip='batch')}
+ALONE = 'wsol_nb, before', 'fastai, flip of a batch' # not tried with workers
 OURS = [name for name in LOADERS if name.startswith('wsol_nb')]
 
 
@@ -146,7 +148,8 @@ def rate(loader, limit):
 
 def rates(folder, workers, repeat, limit):
     "Images a second of each loader, `repeat` times in turns; the first round is not counted."
-    loaders = {name: make(folder, workers) for name, make in LOADERS.items()}
+    loaders = {name: make(folder, workers) for name, make in LOADERS.items()
+               if not (workers and name in ALONE)}
     found = {name: [] for name in loaders}
     for r in range(repeat + 1):
         for name, loader in loaders.items():
@@ -171,6 +174,9 @@ def compared(folder, size, kb, workers, repeat, limit):
 
 # stages
 
+WHOLE = 'collate', 'batch to floats' # of a batch
+
+
 def stage_calls(file):
     "Name -> (before, after): what is done to an image in turn, each a call on what the one before gave."
     g, need = draw_geometry(0, 0, 0, RESIZE - SIZE)._replace(flip=True), (RESIZE, RESIZE)
@@ -188,18 +194,14 @@ def stage_calls(file):
 
 
 def stages(folder, size, repeat=5):
-    "Rows of milliseconds an image for each stage, median over the pictures."
-    spent = {}
-    for file in sorted((folder/'train').glob('*/*-0.jpg')):
-        for (stage, pair), i in ((c, i) for c in stage_calls(str(file)).items() for i in (0, 1)):
-            if pair[i] is None: continue
-            times = []
-            for _ in range(repeat):
-                start = time.process_time_ns()
-                pair[i]()
-                times.append((time.process_time_ns() - start)/1e6)
-            whole = stage in ('collate', 'batch to floats')
-            spent.setdefault((stage, i), []).append(min(times)/(BATCH if whole else 1))
+    "Rows of milliseconds an image for each stage, median over the pictures; each time another picture."
+    spent, calls = {}, [stage_calls(str(f)) for f in sorted((folder/'train').glob('*/*-0.jpg'))]
+    keys = [(stage, i) for stage, pair in calls[0].items() for i in (0, 1) if pair[i]]
+    for (stage, i), of_picture in itertools.product(keys, repeat*calls):
+        start = time.process_time_ns()
+        of_picture[stage][i]()
+        ms = (time.process_time_ns() - start)/1e6
+        spent.setdefault((stage, i), []).append(ms/(BATCH if stage in WHOLE else 1))
     for stage in dict.fromkeys(s for s, _ in spent):
         ms = [round(statistics.median(spent.get((stage, i), [0])), 3) for i in (0, 1)]
         row = dict(size='{}x{}'.format(*size), stage=stage, ms_before=ms[0], ms_fast=ms[1])
@@ -215,7 +217,7 @@ def write(rows, name):
     table.to_csv(results_folder()/f'{name}.csv', index=False)
 
 
-def loaders(n=24, times=32):
+def loaders(n=24, times=16):
     "The two tables. A pass without workers ends after 192 images, one with them goes through all."
     torch.set_num_threads(1)
     keep_memory()

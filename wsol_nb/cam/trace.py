@@ -62,13 +62,16 @@ def each_size(*names):
     return {f'{n}{d}d' for n in names for d in (1, 2, 3)}
 
 _POOLS = each_size('max_pool', 'avg_pool', 'lp_pool', 'adaptive_avg_pool', 'adaptive_max_pool')
-_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in each_size('max_pool', 'adaptive_max_pool'))}
+_INDEXED = each_size('max_pool', 'adaptive_max_pool')
+_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in _INDEXED)}
 _CONVS = each_size('conv', 'conv_transpose')
 _FIRST = _POOLS | _CONVS | {'batch_norm', 'instance_norm', 'group_norm', 'interpolate',
                             'pixel_shuffle', 'pixel_unshuffle', 'feature_dropout'}
 _LAST = {'linear', 'layer_norm', 'rms_norm'}
 _MEANS = {'mean', 'sum', 'amax', 'logsumexp', 'nanmean', 'std', 'var'}
 _PRODUCTS = {'bilinear', 'addmm', 'mm', 'matmul', '__matmul__', '__rmatmul__', 'einsum', 'bmm'}
+_TURNS = {'permute', 'transpose', 'swapaxes', 'swapdims'}
+_MIXES = _PRODUCTS | {'movedim', 'moveaxis', 'reshape', 'view', 'unflatten', 't', '__get__'}
 _SAME = {'dropout', 'dropout_', 'feature_dropout', 'clone', 'contiguous', 'to', 'float', 'half',
          'bfloat16', 'detach', 'requires_grad_', 'identity', 'alias'}
 RECTIFIERS = {'relu', 'relu_', 'relu6'}
@@ -86,7 +89,8 @@ def _moved(name, args, kwargs, axis, ndim):
         dims = _argument(args, kwargs, 1, 'dims')
         order = list(dims) if isinstance(dims, (tuple, list)) else list(args[1:])
     else:
-        a, b = _argument(args, kwargs, 1, 'dim0'), _argument(args, kwargs, 2, 'dim1')
+        a = _argument(args, kwargs, 1, 'dim0', 'axis0')
+        b = _argument(args, kwargs, 2, 'dim1', 'axis1')
         order[a], order[b] = order[b], order[a]
     at = [d % ndim for d in order].index(axis % ndim)
     return {1: 1, ndim - 1: -1}.get(at)
@@ -112,15 +116,16 @@ def _axis(name, args, kwargs, x, inputs, shape):
     "The channel axis of an operation's output, or None."
     if name in _FIRST: return 1
     if name in _LAST: return x.axis
-    if name in ('permute', 'transpose'):
-        return x.axis and _moved(name, args, kwargs, x.axis, len(x.shape))
+    if name in _TURNS: return x.axis and _moved(name, args, kwargs, x.axis, len(x.shape))
+    if name in _MIXES: return None # the same shape may mean other axes
     return next((s.axis for s in inputs if s.axis and s.shape == shape), None)
 
 def _is_cramped(args, kwargs, shape):
     "Whether a padded convolution gave a single position: the images are too small for the net."
     padding, w = _argument(args, kwargs, 4, 'padding'), _argument(args, kwargs, 1, 'weight')
-    grows = padding == 'same' or any(padding) if isinstance(padding, (tuple, list, str)) else padding
-    return bool(grows) and w[0, 0].numel() > 1 and all(n == 1 for n in shape[2:])
+    if isinstance(padding, (tuple, list)): padding = any(padding)
+    grows = padding not in (0, False, None, 'valid')
+    return grows and w[0, 0].numel() > 1 and all(n == 1 for n in shape[2:])
 
 # %% ../../nbs/3_cam/00_trace.ipynb #256fb1db
 def _tensors(args, kwargs=None):
@@ -130,7 +135,7 @@ def _tensors(args, kwargs=None):
     return [a for a in flat if isinstance(a, torch.Tensor)]
 
 class Trace(TorchFunctionMode):
-    "Follows what is made of the images `x`; `keep(step, tensor)` may exchange a rectified tensor."
+    "Follows what is made of the images `x`; `keep(step, t)` may exchange a rectified tensor."
     def __init__(self, x, keep=None):
         super().__init__()
         self.steps, self.keep, self.n = {}, keep, len(x)
@@ -149,7 +154,7 @@ class Trace(TorchFunctionMode):
 
 # %% ../../nbs/3_cam/00_trace.ipynb #aa5e4870
 def _is_weighted(trace, name, args, kwargs):
-    "Whether an operation has weights: a convolution, a linear layer, a product with what is no step."
+    "Whether an operation has weights; a product has if a factor is no step."
     if name in _CONVS or name == 'linear': return True
     return name in _PRODUCTS and any(trace.of(t) is None for t in _tensors(args, kwargs))
 
@@ -158,6 +163,7 @@ def _comes_from_elsewhere(trace, args, kwargs):
     tensors = (t for t in _tensors(args, kwargs) if not isinstance(t, nn.Parameter))
     return any(t.ndim > 1 and len(t) == trace.n and trace.of(t) is None for t in tensors)
 
+# %% ../../nbs/3_cam/00_trace.ipynb #c1fae336
 def _note(trace, name, args, kwargs, inputs, t):
     "The step of an operation's output."
     x, shape = inputs[0], tuple(t.shape)
@@ -173,7 +179,7 @@ def _note(trace, name, args, kwargs, inputs, t):
         if name in RECTIFIERS and trace.keep: return trace.keep(step, t)
     return t
 
-# %% ../../nbs/3_cam/00_trace.ipynb #b6116753
+# %% ../../nbs/3_cam/00_trace.ipynb #bb965ec0
 @patch
 def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
     kwargs = kwargs or {}
@@ -187,7 +193,7 @@ def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
     for t in _tensors(out): _note(self, name, args, kwargs, inputs, t)
     return out
 
-# %% ../../nbs/3_cam/00_trace.ipynb #1190c43e
+# %% ../../nbs/3_cam/00_trace.ipynb #1ce1bfb8
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten)
 
 def is_pool(m): return re.search(r'Pool(ing|Latent)?(\dd)?$', type(m).__name__) is not None
@@ -216,7 +222,7 @@ class Followed:
         self.runs[self.names[m]] = call + 1
         return _named(self, m, call, args, out)
 
-# %% ../../nbs/3_cam/00_trace.ipynb #da51f890
+# %% ../../nbs/3_cam/00_trace.ipynb #e6083de9
 def _ends(followed, m, args, out):
     "Whether the module pooled all positions away; then its output's front is its input's."
     step = followed.trace.of(out)
@@ -235,7 +241,7 @@ def _named(followed, m, call, args, out):
     followed.kept[step] = out = leaf(out)
     return out.clone() # traced: it has the same step
 
-# %% ../../nbs/3_cam/00_trace.ipynb #15ef258d
+# %% ../../nbs/3_cam/00_trace.ipynb #c8a8dd50
 def _plain(model, x): return model(x)
 
 def follow(model, x, begin=None, ask=_plain):
@@ -245,7 +251,7 @@ def follow(model, x, begin=None, ask=_plain):
     with eager(), hooked(names, seen.note), seen.trace: logits = ask(model, x)
     return logits, seen
 
-# %% ../../nbs/3_cam/00_trace.ipynb #ebe6715c
+# %% ../../nbs/3_cam/00_trace.ipynb #330302b4
 def _late_names(model, begin):
     "The modules from `begin` on in the order of registration, and those that it is a part of."
     names = {m: n for n, m in model.named_modules()}
@@ -274,7 +280,7 @@ class _FollowedEnd(Followed):
         if self.on: self.trace.__exit__(None, None, None)
         self.on = False
 
-# %% ../../nbs/3_cam/00_trace.ipynb #9039d04f
+# %% ../../nbs/3_cam/00_trace.ipynb #83d42b9e
 def follow_end(model, x, begin, ask=_plain):
     "As `follow`, but only from the module `begin` on."
     seen = _FollowedEnd(model, x, begin, _late_names(model, begin))

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['turn_hue', 'recolour', 'Item', 'ByteBatch', 'MakeFloats', 'floats_first']
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #78c769c8
+# %% ../../nbs/0_ground/13b_batches.ipynb #a1f58f55
 from typing import NamedTuple
 
 import torch
 from fastcore.foundation import L
 from torch.utils.data import default_collate
 
+from ..devices import send
 from .geometry import to_float
 from fasttransform import Pipeline, Transform
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #bc03b13a
+# %% ../../nbs/0_ground/13b_batches.ipynb #0b746994
 def _grey(x): # b,3,h,w -> b,1,h,w
     r, g, b = x.unbind(1)
     return (.299*r + .587*g + .114*b)[:, None]
@@ -30,7 +31,7 @@ def _hue(x, v, span): # b,h,w
     turn = torch.where(v == g, (b - r)/span + 2, (r - g)/span + 4)
     return torch.where(v == r, (g - b)/span % 6, turn).nan_to_num_(0, 0, 0)
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #4331c622
+# %% ../../nbs/0_ground/13b_batches.ipynb #f5c03c6d
 def turn_hue(
     x:torch.Tensor, # (B,3,H,W) RGB in [0,1]
     turn:torch.Tensor, # (B,) share of the colour circle
@@ -53,14 +54,14 @@ def recolour(
     x = _from(_grey(x), x, saturation)
     return turn_hue(x, turn.flatten()/256)
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #2b4752cf
+# %% ../../nbs/0_ground/13b_batches.ipynb #093c7f0a
 class Item(NamedTuple):
     "An image on its way to a batch."
     pixels: torch.Tensor   # (3,H,W) uint8
     rest: tuple = ()       # label and map, where there are some
     colours: tuple = None  # a `Colours` to be applied; None: as it is
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #6b66b400
+# %% ../../nbs/0_ground/13b_batches.ipynb #83f46ce8
 class ByteBatch:
     "Images as bytes, what goes along, and the device that they are for."
     def __init__(self,
@@ -92,11 +93,11 @@ class ByteBatch:
     def floats(self)->tuple: # (x, …), x (B,3,H,W) in [0,1]
         "The batch that a model sees, on its device."
         device = self.x.device if self.device is None else self.device
-        there = self.each(lambda t: t.to(device, non_blocking=True))
+        there = self.each(lambda t: send(t, device))
         x = to_float(there.x)
         return x if there.colours is None else recolour(x, there.colours), *there.rest
 
-# %% ../../nbs/0_ground/13b_batches.ipynb #0af5d748
+# %% ../../nbs/0_ground/13b_batches.ipynb #ce89f74f
 class MakeFloats(Transform):
     "Turns a `ByteBatch` into the tuple that a model sees."
     order = -100 # before whatever else is done to a batch

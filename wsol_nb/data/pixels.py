@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['reduction', 'decode_small', 'crop_pixels']
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #91a1742d
+# %% ../../nbs/0_ground/13a_pixels.ipynb #9f324d5d
 import io
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 
 from ..core import read_image
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #29e27987
+# %% ../../nbs/0_ground/13a_pixels.ipynb #ada7183a
 def reduction(
     size, # (W,H) of a JPEG
     need, # (W,H) that must be left
@@ -26,48 +25,61 @@ def reduction(
     enough = [w >= need[0] and h >= need[1] for w, h in zip(across, down)]
     return 2**sum(enough)
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #2176f473
+# %% ../../nbs/0_ground/13a_pixels.ipynb #25e4a5ca
 _ORIENTATION = 0x0112 # the EXIF tag; from 5 on the picture lies on its side
-_HOW = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
-        8: cv2.IMREAD_REDUCED_COLOR_8}
 
-def _head(data, exif):
-    "Whether a file is a colour JPEG, and its (W,H) as it will be seen."
-    with Image.open(io.BytesIO(data)) as img:
-        lies = exif and img.getexif().get(_ORIENTATION, 1) >= 5
-        return (img.format, img.mode) == ('JPEG', 'RGB'), img.size[::-1] if lies else img.size
+def _frame(data):
+    "(W,H) of a JPEG with three colours, None of another file; nothing else of it is read."
+    at = 2
+    while data[:2] == b'\xff\xd8' and at + 9 < len(data) and data[at] == 0xff:
+        kind, length = data[at + 1], int.from_bytes(data[at + 2:at + 4])
+        if kind in (0xc0, 0xc1, 0xc2): # a frame, in one go or progressive
+            h, w = int.from_bytes(data[at + 5:at + 7]), int.from_bytes(data[at + 7:at + 9])
+            return (w, h) if data[at + 9] == 3 else None
+        at += 2 + length
+
+def _lies(data):
+    "Whether a file's EXIF says that the picture lies on its side."
+    with Image.open(io.BytesIO(data)) as img: return img.getexif().get(_ORIENTATION, 1) >= 5
 
 def _is_whole(data):
     "Whether a JPEG has its end; a few writers add zeros."
     return data.rstrip(b'\0').endswith(b'\xff\xd9')
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #79d2c616
+# %% ../../nbs/0_ground/13a_pixels.ipynb #bf4099c1
+_HOW = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
+        8: cv2.IMREAD_REDUCED_COLOR_8}
+
 def _small_jpeg(data, need, exif):
     "A JPEG's pixels, as few as `need` allows, and their extent; None where it is another file."
-    try: plain, size = _head(data, exif)
-    except Exception: return None # `read_image` says what is wrong
-    if not (plain and _is_whole(data)): return None
+    size = _frame(data)
+    if size is None or not _is_whole(data): return None
+    if exif and _lies(data): size = size[::-1]
     f = reduction(size, need)
     how = _HOW[f] | (0 if exif else cv2.IMREAD_IGNORE_ORIENTATION)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), how)
-    if pixels is None: return None
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), (size[0]/f, size[1]/f)
+    return None if pixels is None else (pixels, (size[0]/f, size[1]/f))
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #c30ad019
+def _bytes_of(file):
+    "What is in a file, nothing where it cannot be read."
+    if isinstance(file, bytes): return file
+    try:
+        with open(file, 'rb') as f: return f.read()
+    except OSError: return b''
+
+# %% ../../nbs/0_ground/13a_pixels.ipynb #5fcb61d9
 def decode_small(
     file, # path of an image file, or its bytes
     need, # (W,H) that must be left
     exif:bool=False, # turn the picture as its EXIF orientation says
-)->tuple: # pixels (H,W,3) uint8 RGB, their extent (W,H)
+)->tuple: # pixels (H,W,3) uint8, blue, green, red, and their extent (W,H)
     "An image decoded as small as `need` allows; `BadImage` where it cannot be read."
-    try: data = file if isinstance(file, bytes) else Path(file).read_bytes()
-    except OSError: data = b''
-    small = _small_jpeg(data, need, exif)
+    small = _small_jpeg(_bytes_of(file), need, exif)
     if small is not None: return small
-    pixels = np.array(read_image(io.BytesIO(file) if isinstance(file, bytes) else file, exif))
-    return pixels, pixels.shape[1::-1]
+    img = read_image(io.BytesIO(file) if isinstance(file, bytes) else file, exif)
+    return np.array(img)[..., ::-1], img.size
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #45449452
+# %% ../../nbs/0_ground/13a_pixels.ipynb #183604e9
 def _resized(x, extent, to):
     "(3,H,W) bytes, of which `extent` (W,H) is picture, at least (W,H) large; PIL's formula."
     if x.shape[:0:-1] == to == tuple(extent): return x
@@ -75,18 +87,18 @@ def _resized(x, extent, to):
     how = dict(mode='bilinear', antialias=True, recompute_scale_factor=False)
     return torch.nn.functional.interpolate(x[None], scale_factor=scale, **how)[0]
 
-# %% ../../nbs/0_ground/13a_pixels.ipynb #8ad94d24
+# %% ../../nbs/0_ground/13a_pixels.ipynb #505ead6b
 def crop_pixels(
-    pixels, # (H,W,3) uint8
+    pixels, # (H,W,3) uint8, blue, green, red
     size:int, # side of the crop
     resize, # side, or (W,H), of the image before it
     geometry, # a Geometry
     extent=None, # (W,H) of what is picture; None: all is
-)->torch.Tensor: # (3,size,size) uint8
+)->torch.Tensor: # (3,size,size) uint8, red, green, blue
     "The crop and flip of an image, as bytes."
     to = (resize, resize) if isinstance(resize, int) else tuple(resize)
-    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     x = _resized(x, extent or x.shape[:0:-1], to)
     x = x[:, geometry.y:geometry.y + size, geometry.x:geometry.x + size]
-    flips = [axis for axis, on in ((-1, geometry.flip), (-2, geometry.vflip)) if on]
-    return (x.flip(flips) if flips else x).contiguous()
+    turned = (True, geometry.vflip, geometry.flip) # the colours in any case
+    return x.flip([axis for axis, on in enumerate(turned) if on]).contiguous()

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['write_shards', 'ShardDataset', 'ShardDL', 'shard_loaders']
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #dadb4f1c
+# %% ../../nbs/0_ground/15a_shards.ipynb #a1f8e059
 import json, random
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import Inf
 
 from ..core import BadImage, expect, whole_file
 from .dataset import WSOLDL, WSOLDataset
 from .loaders import WSOLDataLoaders
+from fastai.data.core import TfmdDL
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #6bd2f3d5
+# %% ../../nbs/0_ground/15a_shards.ipynb #e3124305
 def _webdataset():
     "The library, or an error that says how to get it."
     try: import webdataset
@@ -28,7 +30,7 @@ def _sample(df, i):
     said = dict(index=int(i), image_id=str(df.image_id[i]))
     return {'__key__': f'{i:08d}', 'image': Path(df.path[i]).read_bytes(), 'json': said}
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #8a63181f
+# %% ../../nbs/0_ground/15a_shards.ipynb #30b95d5e
 def write_shards(
     df, # the rows of one split of a manifest, whose images are files
     folder, # where the shards go; must not hold any
@@ -50,7 +52,7 @@ def write_shards(
     with whole_file(folder/'index.json') as part: part.write_text(json.dumps(counts, indent=1))
     return folder
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #a09accdc
+# %% ../../nbs/0_ground/15a_shards.ipynb #bad5aed1
 def _counts(folder):
     "Images of each shard, by name."
     file = Path(folder)/'index.json'
@@ -61,7 +63,7 @@ def _as_given(urls):
     "All shards belong to this process."
     yield from urls
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #fac0d32a
+# %% ../../nbs/0_ground/15a_shards.ipynb #4e6a8f87
 class ShardDataset(WSOLDataset):
     "The images of a training split, read from shards one after the other."
     def __init__(self,
@@ -92,7 +94,7 @@ class ShardDataset(WSOLDataset):
         for sample in found.shuffle(self.buffer, initial=self.buffer, rng=rng):
             yield _passing(self, sample)
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #6ce3af07
+# %% ../../nbs/0_ground/15a_shards.ipynb #c59f45e6
 def _passing(ds, sample):
     "The item of a sample that passes by."
     said, shard = json.loads(sample['json']), Path(sample['__url__']).name
@@ -104,7 +106,7 @@ def _passing(ds, sample):
     except BadImage as e: raise BadImage(f'{image_id} in {shard}: {e}') from None
     finally: del ds.bytes[i]
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #ff6e239a
+# %% ../../nbs/0_ground/15a_shards.ipynb #5e8a3158
 class ShardDL(WSOLDL):
     "A `WSOLDL` over shards: no free order, all else as ever."
     def __init__(self, dataset, *args, shuffle=False, indexed=False, num_workers=0, **kwargs):
@@ -118,11 +120,17 @@ class ShardDL(WSOLDL):
         each = [sum(counts[name] for name in order[k::workers]) for k in range(workers)]
         return sum(n//self.bs if self.drop_last else -(-n//self.bs) for n in each)
 
+    def get_idxs(self): return Inf.nones # until the shards end
+    def create_batches(self, nones): return TfmdDL.create_batches(self, nones)
+
+    def shared(self, rank, size):
+        raise ValueError('shards: expected one process; several train from the files')
+
     def create_item(self, _):
         if not hasattr(self, 'it'): self.it = iter(self.dataset)
         return next(self.it)
 
-# %% ../../nbs/0_ground/15a_shards.ipynb #59bb766e
+# %% ../../nbs/0_ground/15a_shards.ipynb #0fa36957
 def shard_loaders(
     dls:WSOLDataLoaders, # loaders of the same images as files
     folder, # of `write_shards`, of the training split
