@@ -98,7 +98,8 @@ def work(names, root, out, live):
 
 def distance(a, b):
     "Euclidean, between all floating-point values of two states."
-    return sum(((a[k].double() - b[k].double())**2).sum() for k in a if a[k].is_floating_point()).sqrt().item()
+    parts = (a[k].double() - b[k].double() for k in a if a[k].is_floating_point())
+    return sum((d**2).sum() for d in parts).sqrt().item()
 
 
 def compared(name, out, live):
