@@ -104,7 +104,8 @@ def test_localize_shell(run, world, tmp_path):
     assert (tmp_path/f'{photo.stem}-overlay.jpg').exists()
     boxes = pd.read_csv(tmp_path/'boxes.csv')
     assert list(boxes.image) == [str(photo)]*2 and boxes.x1.notna().all()
-    assert 'is there already (and 1 more); --overwrite' in wsol('localize', run, photo, '--out', tmp_path, code=1)
+    said = wsol('localize', run, photo, '--out', tmp_path, code=1)
+    assert 'is there already (and 1 more); --overwrite' in said
 
 
 def test_localize_a_folder_with_bad_photographs(run, world, tmp_path):

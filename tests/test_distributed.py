@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine: they train, score and write what one would, and survive each other's death."""
+"Two gloo processes on this machine: they train, score and write what one would, and survive each other."
 import json
 import os
 import signal
@@ -39,8 +39,8 @@ class Striped(Method):
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    """Plain CAM, F-CAM with its random seeds, and a method from a file of somebody's own with a callback on the
-    batch that knows nothing of processes: the same weights and losses, to rounding."""
+    """Plain CAM, F-CAM with its random seeds, and a method from somebody's own file, with a callback on the
+    batch, that knows nothing of processes: the same weights and losses, to rounding."""
     recipe = tmp_path/'recipe.py'
     recipe.write_text(RECIPE)
     tool = [sys.executable, root/'tools/distributed.py', '--import', recipe, '--out', tmp_path]

@@ -1,5 +1,5 @@
-"""Nothing of a run is lost: two trainings in one folder, other data or settings on the way, damaged files, a full
-disk, a narrow terminal, a loss that is no number."""
+"""Nothing of a run is lost: two trainings in one folder, other data or settings on the way, damaged files,
+a full disk, a narrow terminal, a loss that is no number."""
 import json
 import resource
 import shutil
@@ -111,6 +111,6 @@ def test_a_narrow_terminal(world, tmp_path, encoding):
 
 def test_a_reader_that_leaves(world):
     "`| head -1` ends the reader, not the command, and nothing is said of it."
-    r = subprocess.run(f'{BIN}/wsol_data check {world} | head -1; exit ${{PIPESTATUS[0]}}', shell=True, text=True,
-                       executable='/bin/bash', env=ENV, capture_output=True)
+    piped = f'{BIN}/wsol_data check {world} | head -1; exit ${{PIPESTATUS[0]}}'
+    r = subprocess.run(piped, shell=True, executable='/bin/bash', env=ENV, capture_output=True, text=True)
     assert r.returncode == 0 and not r.stderr, r.stderr

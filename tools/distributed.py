@@ -1,6 +1,6 @@
 """Two processes against one: every registered method trains on the same batches, alone and under torchrun.
 
-    python tools/distributed.py                         all methods; the table, and nbs/results/distributed.csv
+    python tools/distributed.py                  all methods; the table, and nbs/results/distributed.csv
     python tools/distributed.py --methods GAP FCAM --out /tmp/two
 
 Batches of five images, so that one process has three and the other two. Batch statistics are frozen, since
@@ -89,7 +89,8 @@ def work(names, root, out, live):
             learn = learner_from_config(setting(name, root), f'{out}/{name}-{world_size()}')
             before = state(learn)
             frozen = [] if live else [Still()]
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, slice(.01, .05), cbs=frozen)
+            with learn.no_bar(), learn.no_logging():
+                learn.fit_one_cycle(2, slice(.01, .05), cbs=frozen)
             rows = [{k: float(v) for k, v in row.items()} for row in learn.rows]
             store(f'{out}/{name}-{world_size()}.pt', before=before, after=state(learn), rows=rows)
             if is_first(): print(f'{name}: trained by {world_size()}', flush=True)
@@ -97,7 +98,8 @@ def work(names, root, out, live):
 
 def distance(a, b):
     "Euclidean, between all floating-point values of two states."
-    return sum(((a[k].double() - b[k].double())**2).sum() for k in a if a[k].is_floating_point()).sqrt().item()
+    parts = (a[k].double() - b[k].double() for k in a if a[k].is_floating_point())
+    return sum((d**2).sum() for d in parts).sqrt().item()
 
 
 def compared(name, out, live):
