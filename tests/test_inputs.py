@@ -1,7 +1,7 @@
 """What goes into a localizer and what a model answers: every localizer on the forms that people have.
 
-A small classifier is dressed as other libraries answer; what a localizer makes of it must be what it makes of the
-classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
+A small classifier is dressed as other libraries answer; what a localizer makes of it must be what it makes of
+the classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
 """
 import sys
 import warnings
@@ -125,7 +125,8 @@ class Scaled(nn.Module):
 
 
 NOT_SCALED = dict(CAM='are no linear layer of the average of',
-                  ExcitationBackprop="'mul' has no excitation rule", Contrastive="'mul' has no excitation rule")
+                  ExcitationBackprop="'mul' has no excitation rule",
+                  Contrastive="'mul' has no excitation rule")
 
 
 @every

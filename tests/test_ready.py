@@ -187,7 +187,8 @@ def test_imagenet_on_a_set_without_training(tested, real_weights, tmp_path):
     report = evaluate(HeadMaps(model), dls, classes=places, **QUIET)
     assert report.protocol['classes'] == [281, 0, 2, 3, 4, 5, 6, 7]
     df = dls.info.manifest.copy()
-    fish = ['n01440764', 'goldfish', 'great_white_shark', 'tiger shark', 'hammerhead', 'n01496331', 'stingray']
+    fish = ['n01440764', 'goldfish', 'great_white_shark', 'tiger shark', 'hammerhead', 'n01496331',
+            'stingray']
     df['class_name'] = df.label.map(dict(enumerate([*fish, 'cock'])))
     named = WSOLDataLoaders.from_manifest(df, size=64, bs=8, device='cpu')
     assert evaluate(HeadMaps(model), named, **QUIET).protocol.get('classes') == list(range(8))
