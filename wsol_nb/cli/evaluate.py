@@ -105,7 +105,8 @@ def _refuse_idle(kind, idle):
     lost = [k for k, v in idle.items() if v is not None]
     if lost: raise ValueError(f'{lost[0]}: is not for {kind}')
 
-@command(place=('run',), shared=True)
+@command(place=('run',), shared=True, examples=(
+    'wsol_eval runs/cam', 'wsol_eval runs/fcam --split val --tau-from none'))
 def wsol_eval(
     run:str=None, # run folder; none with --maps
     split:str='test', # split to score

@@ -168,7 +168,9 @@ def _train(out, resume, overwrite, given):
     return learn
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
-@command(shared=True, names={'method': 'method', 'seeds': 'localizer'})
+@command(shared=True, names={'method': 'method', 'seeds': 'localizer'}, examples=(
+    'wsol_train --data data --arch test_resnet --pretrained false --epochs 2 --out runs/cam',
+    'wsol_train --method fcam --stage1 runs/cam --epochs 2 --out runs/fcam'))
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several
