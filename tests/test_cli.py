@@ -80,7 +80,7 @@ def test_localize_size_and_rotation(run, world, tmp_path):
     assert np.abs(c['box'] - a['box']).max() <= 6
     assert Image.open(tmp_path/'c-overlay.jpg').size == img.size
     Image.new('RGB', (1, 1)).save(tmp_path/'dot.png')
-    dot, = wsol_localize(run, tmp_path/'dot.png', out=tmp_path)
+    dot, = wsol_localize(run, tmp_path/'dot.png', out=tmp_path/'dot')
     assert dot['box'] is None # a single pixel says nothing about where
 
 
@@ -102,8 +102,23 @@ def test_localize_shell(run, world, tmp_path):
     assert (tmp_path/f'{photo.stem}-overlay-2.jpg').exists()
     assert 'probability' in text and 'box x' in text and 'val boxes' in text
     assert (tmp_path/f'{photo.stem}-overlay.jpg').exists()
-    said = wsol('localize', run, 'nowhere.jpg', '--out', tmp_path, code=1)
-    assert 'nowhere.jpg: no such image file' in said
+    boxes = pd.read_csv(tmp_path/'boxes.csv')
+    assert list(boxes.image) == [str(photo)]*2 and boxes.x1.notna().all()
+    assert 'is there already (and 1 more); --overwrite' in wsol('localize', run, photo, '--out', tmp_path, code=1)
+
+
+def test_localize_a_folder_with_bad_photographs(run, world, tmp_path):
+    "Every picture below it is done, a bad one is named and counted; what had that name stays as it was."
+    album = shutil.copytree(world/'SYNTH/test', tmp_path/'album')
+    (album/'torn.jpg').write_bytes(b'not a picture')
+    (tmp_path/'mine-overlay.jpg').write_text('mine')
+    said = wsol('localize', run, album, tmp_path/'nowhere.jpg', '--out', tmp_path/'out', code=1)
+    assert 'torn.jpg: cannot be read as an image' in said and 'nowhere.jpg: no such image file' in said
+    assert '2 of 18 photos were skipped' in said
+    assert len(pd.read_csv(tmp_path/'out/boxes.csv')) == len([*(tmp_path/'out').glob('*.jpg')]) == 16
+    Image.new('RGB', (9, 9)).save(tmp_path/'mine.png')
+    assert '--overwrite' in wsol('localize', run, tmp_path/'mine.png', '--out', tmp_path, code=1)
+    assert (tmp_path/'mine-overlay.jpg').read_text() == 'mine'
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)

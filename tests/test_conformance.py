@@ -108,7 +108,7 @@ METHODS = {n: e for n, e in entries('method').items()}
 def made_by(name):
     "How a localizer is made: callable of a model and, where it takes one, a layer."
     settings = SETTINGS.get(name, {}) | (VARIANTS[name][1] if name in VARIANTS else {})
-    return lambda model, *layer: CLASSES[name](model, *layer, **settings)
+    return lambda model, *layer, **more: CLASSES[name](model, *layer, **settings, **more)
 
 
 LOCALIZERS = {n: made_by(n) for n in CLASSES}
@@ -422,7 +422,12 @@ def test_layers(name):
     plain.spare = nn.Conv2d(3, 3, 1)
     plain.forward = lambda x: used(x)
     with pytest.raises(ValueError, match='did not run'): make(plain, 'spare')(x)
-    with pytest.raises(ValueError, match='takes one layer'): GradCAM(model, ['body.bn2', 'body.conv_stem'])
+    one = make(model, [model.body.bn2])
+    same(one(x, 1), make(model, 'body.bn2')(x, 1), 0)
+    assert one.layers == make(model, target_layers=['body.bn2']).layers == ['body.bn2']
+    with pytest.raises(ValueError, match='layer: .* takes one layer, got 0'): make(model, [])
+    if not CLASSES[name].several_layers:
+        with pytest.raises(ValueError, match='takes one layer, got 2'): make(model, ['body.bn2', 'body.conv_stem'])
 
 
 @layered

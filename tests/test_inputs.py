@@ -3,6 +3,7 @@
 A small classifier is dressed as other libraries answer; what each localizer makes of it must be what it makes of
 the classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
 """
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import images, raises, same
+from helpers import images, raises, run, same
 from test_conformance import CLASSES, SETTINGS, TOP_DOWN, VARIANTS, net
 from torch import nn
 
@@ -478,3 +479,18 @@ def test_cam_of_a_dressed_wsol_model():
     wrapped = Dressed(lambda z: dict(logits=z))
     wrapped.net = model
     same(CAM(wrapped, 'net.body.layer4')(images(), 1), CAM(model, 'body.layer4')(images(), 1), 1e-6)
+
+
+# imports
+
+AFTER = 'import wsol_nb; import timm, torchvision; from wsol_nb import GradCAM; print(timm.__name__)'
+ORDERS = dict(
+    wsol_nb_first=AFTER,
+    core_first='import wsol_nb.core; import timm; print(timm.__name__)',
+    after_it_died=f'try: import torchvision\nexcept RuntimeError as e: assert "nms" in str(e)\n{AFTER}')
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_order_of_imports(order):
+    "torchvision and torch of different builds: after wsol_nb all is well, also where torchvision died before."
+    assert run(sys.executable, '-c', ORDERS[order]).stdout == 'timm\n'

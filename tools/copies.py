@@ -10,6 +10,7 @@ import collections
 import inspect
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -57,7 +58,7 @@ def small_learner(name, dls, path, cbs=(), **fields):
     return wsol_learner(dls, method=kind(**fields), cbs=cbs, **arch, **options)
 
 
-class CountSteps(Callback):
+class CrossingsOfSteps(Callback):
     "What each training step asked of the device, from a batch that is there to weights that have learnt."
     order = 1000
     def __init__(self, device): self.device, self.each, self.values = device, [], []
@@ -77,15 +78,21 @@ class BatchIsThere(Callback):
     def before_batch(self): self.device.crossings.clear()
 
 
+def _to_host(b, cpu=True, gather=True):
+    "fastai's `to_detach`, without giving what has come to the host the type that it had there."
+    return b.detach().cpu() if cpu else b.detach()
+
+
 def training(name, dls, path, **fields):
     "What each step of a method's training asked of the device: lists of `Crossing`s; and the losses."
     set_seed(0)
     with Elsewhere() as d:
-        seen = CountSteps(d)
+        seen = CrossingsOfSteps(d)
         learn = small_learner(name, dls.new().to(d.device), path, [seen, BatchIsThere(d)], **fields)
         learn.model = d.move(learn.model)
         learn.remove_cb(CastToTensor) # fastai's check that a tensor is of no class of its own
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        fastai = patch('fastai.learner.to_detach', _to_host)
+        with fastai, learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     return seen.each, torch.stack(seen.values)
 
 
@@ -103,14 +110,14 @@ def settings(kind):
     return {k: v for k, v in CALLS.items() if k in inspect.signature(kind.__init__).parameters}
 
 
-def calling(name, n=2, target=(1, 0, 2, 4)):
+def calling(name, n=2, target=(1, 0, 2, 4), **kw):
     "What a call on `n` images asked of the device; and its maps, there and here."
     entry, net = entries('localizer')[name], small_net(entries('localizer')[name].facts['needs'])
     kind, x = entry.load(), torch.rand(4, 3, 64, 96, generator=torch.Generator().manual_seed(2))[:n]
     target = target[:n] if isinstance(target, tuple) else target
     here = kind(net, **settings(kind))(x, target)
     with Elsewhere() as d:
-        loc, x = kind(d.move(net), **settings(kind)), d.put(x)
+        loc, x = kind(d.move(net), **settings(kind), **kw), d.put(x)
         loc(x, target) # the first call finds the layer
         d.crossings.clear()
         there = loc(x, d.put(target) if isinstance(target, torch.Tensor) else target)

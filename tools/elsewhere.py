@@ -72,10 +72,12 @@ class There(torch.Tensor):
     "A tensor of the pretend device; `near` holds its numbers."
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def __new__(cls, t): return t # fastai would make one again of what has just come to the CPU
+
     @staticmethod
-    def __new__(cls, near):
+    def of(near):
         far = torch.Tensor._make_wrapper_subclass(
-            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
+            There, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
             device=NAME)
         far.near = near
         return far
@@ -136,14 +138,14 @@ class Elsewhere(TorchDispatchMode):
 
     def put(self, t):
         "A tensor of this side as one of the device, with a gradient where it had one."
-        far = There(t.detach())
+        far = There.of(t.detach())
         return far.requires_grad_() if t.requires_grad and t.is_leaf else far
 
     def move(self, module):
         "A copy of a module on the device."
         tensors = [*module.parameters(), *module.buffers()]
-        memo = {id(t): nn.Parameter(There(t.detach().clone()), t.requires_grad)
-                if isinstance(t, nn.Parameter) else There(t.detach().clone()) for t in tensors}
+        memo = {id(t): nn.Parameter(There.of(t.detach().clone()), t.requires_grad)
+                if isinstance(t, nn.Parameter) else There.of(t.detach().clone()) for t in tensors}
         return copy.deepcopy(module, memo)
 
     def look(self, t):
@@ -207,6 +209,6 @@ class Elsewhere(TorchDispatchMode):
         def wrapped(o):
             if not isinstance(o, torch.Tensor): return o
             if id(o) in known: return known[id(o)] # in place
-            return There(o) if there else o
+            return There.of(o) if there else o
         return tree_map(wrapped, out)
 

@@ -36,7 +36,8 @@ PARTS = dict(
     memory=('gpu_speed', 'memory', 5, 8, 'what a training step holds'),
     methods=('gpu_methods', 'methods', 32, 33, 'steps of every method in half precision and compiled'))
 SECONDS = {False: 450, True: 215} # for all parts, by --quick
-GRACE = 12 # seconds after its time at which a part is stopped
+TRIAL = root/'gpu-quick' # tables of what counts for nothing
+GRACE = 20 # seconds after its time at which a part is stopped
 
 
 # before anything heavy is imported
@@ -80,25 +81,26 @@ def install(wheels, place):
 
 
 CHECK = """
-import importlib, sys
-for name in sys.argv[2:]:
-    try: importlib.import_module(name)
-    except ImportError as e: sys.exit(f'{name} cannot be imported: {e}')
+import importlib.util, sys
+missing = [name for name in sys.argv[2:] if importlib.util.find_spec(name) is None]
+if missing: sys.exit(f'{sys.executable} lacks {", ".join(missing)}; what is compiled must be there, '
+                     'WHEELS=DIR brings the rest (make wheels)')
+if sys.argv[1] == 'cpu': sys.exit()
 import torch
-if sys.argv[1] == 'cuda' and not torch.cuda.is_available():
+if not torch.cuda.is_available():
     sys.exit(f'there is a CUDA device, but torch {torch.__version__} of {sys.executable} does not see it')
-print(f'torch {torch.__version__}, {torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "CPU"}')
+print(f'torch {torch.__version__}, {torch.cuda.get_device_name()}', flush=True)
 """
+NEEDED = ['torch', 'torchvision', 'timm', 'fastai', 'fastcore', 'cv2', 'numba', 'numpy', 'pandas', 'scipy',
+          'sklearn', 'matplotlib', 'PIL', 'safetensors', 'filelock']
 
 
 def check(device, env):
     "End with a sentence where something is missing that all parts need."
-    needed = ['wsol_nb.core', 'timm', 'fastai.learner', 'cv2', 'numba', 'pandas', 'scipy', 'matplotlib']
-    r = subprocess.run([sys.executable, '-c', CHECK, device, *needed], env=env, cwd=root,
+    r = subprocess.run([sys.executable, '-c', CHECK, device, *NEEDED], env=env, cwd=root,
                        capture_output=True, text=True)
-    why = r.stderr.strip()[-1500:]
-    if r.returncode: refuse(f'{why}\n(compiled packages must be there; WHEELS=DIR brings the rest)')
-    print(r.stdout.strip(), flush=True)
+    if r.returncode: refuse(r.stderr.strip()[-1500:])
+    print(r.stdout, end='', flush=True)
 
 
 # parts
@@ -185,7 +187,7 @@ def options(args=None):
     p.add_argument('--until', type=float, help=argparse.SUPPRESS)
     a = p.parse_args(args)
     counts = a.device == 'cuda' and not a.quick
-    a.out = (a.out or root/('nbs/results' if counts else 'gpu-quick')).resolve()
+    a.out = (a.out or (root/'nbs/results' if counts else TRIAL)).resolve()
     if not counts and a.out == root/'nbs/results':
         refuse(f'--out {a.out}: figures of a CPU or of --quick do not belong there')
     a.seconds = a.seconds or SECONDS[a.quick]
@@ -216,6 +218,7 @@ def main():
         if a.wheels: install(Path(a.wheels), place)
         check(a.device, env)
         a.out.mkdir(parents=True, exist_ok=True)
+        for old in a.out.glob('gpu-*.csv') if a.out == TRIAL else []: old.unlink()
         done, end = [], START + a.seconds
         for i, name in enumerate(a.parts):
             seconds = share(a.parts[i:], max(1., end - time.time()), a.quick)

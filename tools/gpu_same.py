@@ -17,7 +17,6 @@ from gpu_kit import FEW, ask, few, fitting, nets
 from torch import nn
 
 import wsol_nb
-from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.localize.base import HeadMaps
 from wsol_nb.registry import entries
 from wsol_nb.scoring.loop import evaluate
@@ -49,8 +48,7 @@ def difference(a, b):
     a, b = [[t.detach().cpu().double() for t in tensors(answer)] for answer in (a, b)]
     if [t.shape for t in a] != [t.shape for t in b] or not a: return math.inf
     off = [((p - q).abs()/q.abs().max().clamp(min=1)).max() for p, q in zip(a, b) if p.numel()]
-    largest = max((o.item() for o in off), default=0.)
-    return largest if largest == largest else math.inf
+    return torch.stack(off).max().nan_to_num(math.inf).item() if off else 0.
 
 
 def compare(part, kind, name, answer, tolerances=TOLERANCE):
@@ -74,7 +72,7 @@ def not_asked(part, kind, name, why):
 
 # localizers and heads
 
-def images(n=3, h=64, w=96): return torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(2))
+def images(n=2, h=64, w=96): return torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(2))
 
 
 def localizers(part):
@@ -88,7 +86,7 @@ def localizers(part):
 
         def answer(device, dtype, net=net, kind=entry.load()):
             own = kind(copy.deepcopy(net).to(device, dtype), **few(kind, **FEW))
-            return ask(own, images().to(device), [0, 3, 1])
+            return ask(own, images().to(device), [0, 3])
         compare(part, 'localizer', entry.name, answer, OF_MAPS)
 
 
@@ -207,6 +205,7 @@ def numbers(report, name=''):
 
 def scores(part):
     "The figures of `evaluate`, with boxes and masks: maps in float64, so that no threshold is missed."
+    from wsol_nb.data.loaders import WSOLDataLoaders # with fastai, which nothing else here needs
     with tempfile.TemporaryDirectory() as place, part.guard('scores'):
         counts = dict(n_train=8, n_val=8, n_test=16, progress=False)
         net, reports = nets('resnet10t', 10, 16, 'cpu')['classifier'](), {}

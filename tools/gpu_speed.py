@@ -1,20 +1,19 @@
 """How fast, in how much memory: training by batch, localizers beside their peers, losses over pixel pairs"""
 import importlib.util
 import inspect
+import io
 import itertools
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 
 import torch
 from gpu_kit import FEW, OUT_OF_MEMORY, ask, few, fitting, matmul_tflops, nets, peak_mb, seconds
 from gpu_same import arguments, public
 from torch.utils.flop_counter import FlopCounterMode
 
-from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.nets.model import wsol_model
 from wsol_nb.registry import entries
-from wsol_nb.train.learner import wsol_learner
 import timm
 
 CLASSES = 1000
@@ -72,11 +71,11 @@ def training(part):
     "Images/s of training steps, by batch; in bfloat16, float32 with TF32, compiled; and of a whole learner."
     torch.set_float32_matmul_precision('high')
     peaks = {half: matmul_tflops(part, torch.bfloat16 if half else torch.float32) for half in (True, False)}
-    sizes = (2, 4) if part.quick else (32, 64, 128, 256, 512)
+    sizes = (2,) if part.quick else (32, 64, 128, 256, 512)
     archs, step = trained_nets(part), None
     jobs = [(arch, how, sizes) for arch in archs for how in ('bf16', 'tf32')]
     jobs += [(arch, 'bf16, compiled', sizes[:1] if part.quick else (256,)) for arch in archs]
-    with part.guard('learner'): learner(part, sizes[1])
+    with part.guard('learner'): learner(part, sizes[:2][-1])
     for arch, how, batches in jobs:
         with part.guard(f'{arch}, {how}'):
             step = None # its memory is free for the next
@@ -102,7 +101,9 @@ def speed_of(part, step, arch, how, bs, flops, peaks):
 
 def learner(part, bs):
     "The same of a whole epoch: loader, augmentation, fastai's loop, bfloat16."
-    from gpu_methods import Mixed, fit # fastai
+    from gpu_methods import Mixed, fit # with fastai, which nothing else here needs
+    from wsol_nb.data.loaders import WSOLDataLoaders
+    from wsol_nb.train.learner import wsol_learner
     arch, side = next(iter(trained_nets(part).items()))
     n = bs*(2 if part.quick else 8)
     with tempfile.TemporaryDirectory() as place:
@@ -153,7 +154,7 @@ def budget_of(entry, quick):
 
 def localizers(part):
     "Milliseconds an image, by batch, beside a plain forward pass and the peers of the same name."
-    arch, side, sizes = ('resnet10t', 64, (1, 2)) if part.quick else ('resnet50', 224, (1, 16, 64))
+    arch, side, sizes = ('resnet10t', 64, (2,)) if part.quick else ('resnet50', 224, (1, 16, 64))
     known = entries('localizer').values()
     one_pass = [(e, bs) for bs in sizes for e in known if 'channels' not in e.facts.get('passes', '')]
     many = [(e, sizes[0]) for e in known if 'channels' in e.facts.get('passes', '')]
@@ -180,6 +181,7 @@ def times_of(part, entry, bs, arch, side, made):
     if not (with_peers and layers): return
     with ExitStack() as stack:
         calls = peers(entry.name, net, net.get_submodule(layers[0]), x, classes, stack)
+        stack.enter_context(redirect_stderr(io.StringIO())) # bars of progress
         for library, call in calls.items():
             try: add_time(part, row | dict(library=library), call, base)
             except Exception as e: part.miss(f'{library} {entry.name}', f'{type(e).__name__}: {e}')
@@ -204,18 +206,21 @@ def pairwise_losses():
 
 def pairwise(part):
     "Time and memory of each with its gradient, by the side at which pixels are compared; exact, on a grid."
-    bs, sides = (2, (14, 28)) if part.quick else (16, (28, 56, 112, 224))
+    bs, sides = (2, (14,)) if part.quick else (16, (28, 56, 112, 224))
     arch = next(iter(trained_nets(part)))
     step = Steps(part, arch)
     step.batch(bs)
     base = seconds(step, part.device)
     jobs = itertools.product(sides, pairwise_losses(), (None, .75))
-    for side, (name, o), cell in part.each(list(jobs), name=str):
+    for side, (name, o), cell in part.each(list(jobs), name=lambda job: f'{job[1][0]} at {job[0]}'):
         takes = inspect.signature(o).parameters
         if cell and 'cell' not in takes: continue
         with part.guard(f'{name} at {side}, cell {cell}'):
             loss = pair_call(part, o, side, bs, dict(cell=cell) if 'cell' in takes else {})
-            once = seconds(loss, part.device, 0 if part.quick else .2)
+            try: once = seconds(loss, part.device, 0 if part.quick else .2)
+            except ValueError as e: # a grid of too many nodes
+                part.miss(f'{name} at {side}', str(e))
+                continue
             part.add(loss=name, way='exact' if cell is None else f'grid {cell}', batch=bs, side=side,
                      ms=round(1e3*once, 2), peak_mb=round(peak_mb(loss, part.device), 1),
                      full_w_mb=round(bs*side**4*4/2**20), step_of=arch, step_side=step.side,
@@ -243,24 +248,25 @@ def pair_call(part, o, side, bs, kw):
 
 def memory(part):
     "MB that weights, optimizer and a step's activations hold; the largest power of two of images that fits."
-    sizes = (2, 4) if part.quick else (32, 128)
-    for arch, half in part.each(list(itertools.product(trained_nets(part), (True, False))), name=str):
-        with part.guard(f'{arch}, {half}'):
-            step = Steps(part, arch, half)
+    sizes = (2,) if part.quick else (32, 128)
+    jobs, what = list(itertools.product(trained_nets(part), ('bf16', 'float32'))), ', '.join
+    for arch, how in part.each(jobs, name=what):
+        with part.guard(what((arch, how))):
+            step = Steps(part, arch, how == 'bf16')
             for bs in sizes:
                 step.batch(bs)
                 step() # the optimizer has its state
                 held = sum(p.numel()*p.element_size() for p in step.net.parameters())/2**20
                 state = sum(v.numel()*v.element_size() for s in step.opt.state.values() for v in s.values()
                             if isinstance(v, torch.Tensor))/2**20
-                row = dict(net=arch, made_by=step.by, how='bf16' if half else 'float32', side=step.side)
+                row = dict(net=arch, made_by=step.by, how=how, side=step.side)
                 part.add(**row, batch=bs, weights_mb=round(held, 1), optimizer_mb=round(state, 1),
                          step_mb=round(peak_mb(step, part.device), 1),
                          mb_image=round(peak_mb(step.forward, part.device)/bs, 2))
-            if part.cuda: largest(part, step, arch, half)
+            if part.cuda: largest(part, step, arch, how)
 
 
-def largest(part, step, arch, half):
+def largest(part, step, arch, how):
     "The largest batch, doubled until the card is full or 4096."
     fits, bs = 0, 128
     while bs <= 4096 and part.left() > 5:
@@ -272,4 +278,4 @@ def largest(part, step, arch, half):
         fits, bs = bs, 2*bs
     step.x = step.y = None
     torch.cuda.empty_cache()
-    part.add(net=arch, made_by=step.by, how='bf16' if half else 'float32', side=step.side, largest_batch=fits)
+    part.add(net=arch, made_by=step.by, how=how, side=step.side, largest_batch=fits)

@@ -33,7 +33,7 @@ def registered(tree):
     for node in tree.body:
         for d in getattr(node, 'decorator_list', []):
             if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id in KINDS:
-                literal = {k.arg: k.value for k in d.keywords if not isinstance(k.value, ast.Lambda)}
+                literal = {k.arg: k.value for k in d.keywords if not isinstance(k.value, (ast.Lambda, ast.Name))}
                 doc = (ast.get_docstring(node) or '').split('\n')[0]
                 yield d.func.id, node.name, doc, {k: ast.literal_eval(v) for k, v in literal.items()}
 

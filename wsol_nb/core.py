@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'PIXELS', 'expect', 'check_positive', 'set_seed', 'notebook_defaults', 'assert_same', 'plain_tensor',
            'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage', 'read_image', 'env_folder',
-           'whole_file', 'keep_memory']
+           'whole_file', 'named_damage', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
 import ctypes, importlib.util, math, os, random, re, sys, uuid
@@ -216,6 +216,16 @@ def env_folder(
     return Path(value)
 
 # %% ../nbs/0_ground/00_core.ipynb #b6317da5
+def _is_of_writing(error):
+    "Whether an error is that of a write: the system's, torch's or that of safetensors."
+    return isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == 'SafetensorError'
+
+def _said_of(path, error):
+    "A failed write as an error that names the file."
+    why = getattr(error, 'strerror', None) or error
+    kept = 'what was there before is kept' if path.exists() else 'nothing is there'
+    return OSError(f'{path}: could not be written ({why}); {kept}')
+
 @contextmanager
 def whole_file(
     path, # the file; its folder is made
@@ -227,7 +237,26 @@ def whole_file(
     try:
         yield part
         os.replace(part, path)
+    except Exception as e:
+        if not _is_of_writing(e): raise
+        raise _said_of(path, e) from e
     finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/0_ground/00_core.ipynb #44516910
+_DAMAGE = ('JSONDecodeError', 'UnicodeDecodeError', 'SafetensorError', 'UnpicklingError',
+           'BadZipFile', 'EOFError', 'RuntimeError', 'KeyError')
+
+@contextmanager
+def named_damage(
+    path, # of the file that is read inside
+    hope:str='', # what can still be done
+):
+    "What a damaged file raises becomes a ValueError that names it."
+    try: yield
+    except Exception as e:
+        if type(e).__name__ not in _DAMAGE: raise
+        why = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "it is cut"}'
+        raise ValueError(f'{path}: is damaged ({why[:200]})' + f'; {hope}'*bool(hope)) from e
 
 # %% ../nbs/0_ground/00_core.ipynb #e8b162e1
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD

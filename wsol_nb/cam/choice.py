@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .trace import IDLE, RECTIFIERS, eager, follow, hooked, is_pool
+from .trace import (
+    IDLE, RECTIFIERS, eager, follow, follow_end, hooked, is_pool)
 from ..core import expect
 from ..registry import did_you_mean
 
@@ -73,7 +74,7 @@ def check_layout(layout):
     expect(known, 'layout', layout, f'one of {", ".join(LAYOUTS)}, a callable or None')
     return layout
 
-# %% ../../nbs/3_cam/01_choice.ipynb #ed5a2496
+# %% ../../nbs/3_cam/01_choice.ipynb #650d44fc
 def as_layout(axis, ndim):
     "The name of a layout from the axis of its channels, 1 or -1."
     return next(l for l, n in LAYOUTS.items() if n == ndim and l.endswith('c') == (axis == -1))
@@ -92,7 +93,7 @@ def _one_axis(axes):
     "1 or -1, if there is only one."
     return axes[0] if len(axes) == 1 else None
 
-# %% ../../nbs/3_cam/01_choice.ipynb #31780bc9
+# %% ../../nbs/3_cam/01_choice.ipynb #1a1b6932
 def _larger(x):
     "One image of another size, rows and columns changed by different factors."
     size = [n*(i + 3)//2 + 1 for i, n in enumerate(x.shape[2:])]
@@ -110,7 +111,7 @@ def _axis_by_size(model, name, shape, x, ask):
     if not shapes or len(shapes[0]) != len(shape): return None
     return _one_axis([a for a in (1, -1) if shapes[0][a] == shape[a]])
 
-# %% ../../nbs/3_cam/01_choice.ipynb #018171e0
+# %% ../../nbs/3_cam/01_choice.ipynb #52290c4c
 def find_layout(model, name, shape, axis, x, ask, last=False):
     "The layout of a layer's output; `last` says that the model's `num_features` are its channels."
     if last and axis is None:
@@ -122,7 +123,7 @@ def find_layout(model, name, shape, axis, x, ask, last=False):
     raise ValueError(f'layer={name!r}: nothing tells whether its output {tuple(shape)} is {first} '
                      f'or {last}; say it with layout={first!r} or layout={last!r}')
 
-# %% ../../nbs/3_cam/01_choice.ipynb #e7b37a1e
+# %% ../../nbs/3_cam/01_choice.ipynb #25063c0c
 def _once(step, seen): return [n for n, _ in step.names if seen.runs[n] == 1]
 
 def _place(step, seen):
@@ -143,19 +144,21 @@ def _nearest(step, seen):
         todo += [i for i in s.inputs if i not in met]
         met.update(s.inputs)
 
-# %% ../../nbs/3_cam/01_choice.ipynb #53ec3ef9
+# %% ../../nbs/3_cam/01_choice.ipynb #d2037f16
 class Choice(NamedTuple):
     "The layer that was chosen, its step, and what is to be said about it."
     layer: Layer
     step: object
     notes: list
 
+# %% ../../nbs/3_cam/01_choice.ipynb #c7317612
 def _said(layer, seen, others, cramped):
     "What is to be said of a choice that was not the only one possible."
     notes = []
     if layer.call is not None:
-        notes += [f'it runs {seen.runs[layer.name]} times, and no module around it runs once; call '
-                  f'{layer.call} is read, layer= and call= choose another']
+        runs = seen.runs[layer.name]
+        notes += [f'it runs {runs} times, and no module around it runs once; call {layer.call} is '
+                  'read, layer= and call= choose another']
     if others: notes += [f'the classifier pools {", ".join(others)} too; layer= chooses another']
     if cramped: notes += ['in images of this size later layers have a single position']
     return notes
@@ -167,6 +170,7 @@ def _why(end, step, others):
     if end.cramped: why = 'the last layer with several positions in images of this size'
     return f'{why} beside {", ".join(others)}' if others else why
 
+# %% ../../nbs/3_cam/01_choice.ipynb #71fa25cb
 def _choose(end, seen):
     "The last of the steps that the classifier pools, or the nearest module before it; or None."
     steps = [near for s in end.features() if (near := _nearest(s, seen))]
@@ -177,7 +181,7 @@ def _choose(end, seen):
     notes = _said(layer, seen, others, end.cramped)
     return Choice(layer._replace(why=_why(end, step, others)), step, notes)
 
-# %% ../../nbs/3_cam/01_choice.ipynb #d86d4ace
+# %% ../../nbs/3_cam/01_choice.ipynb #dd5c2c3b
 _HEADS = {'fc', 'head', 'heads', 'classifier', 'pre_logits', 'last_linear', 'logits'}
 
 def _trunk(m):
@@ -195,7 +199,7 @@ def late_module(model):
     while parts := _trunk(m): m = parts[-1]
     return None if m is model or isinstance(m, torch.jit.ScriptModule) else m
 
-# %% ../../nbs/3_cam/01_choice.ipynb #7db32a67
+# %% ../../nbs/3_cam/01_choice.ipynb #633a8f08
 def _refuse_tokens(model, layer, step, x):
     "Refuse features that are no maps, by name."
     if len(step.shape) == x.ndim: return
@@ -212,7 +216,7 @@ def _no_layer(model, x):
     raise ValueError(f'layer=None: no layer of {type(model).__name__} gives spatial features for '
                      f'images {tuple(x.shape)}{why}')
 
-# %% ../../nbs/3_cam/01_choice.ipynb #cfb053c0
+# %% ../../nbs/3_cam/01_choice.ipynb #f40bd6e4
 class Found(NamedTuple):
     "The layer that was found, its output if it was kept, the logits, and what is to be said."
     layer: Layer
@@ -221,19 +225,37 @@ class Found(NamedTuple):
     logits: object
     notes: list
 
-def find_features(model, x, ask):
-    "One pass that finds the layer that the classifier pools, and reads it where possible."
-    logits, seen = follow(model, x, late_module(model), ask)
-    end = seen.trace.of(logits)
-    choice = end and _choose(end, seen)
-    if not choice: _no_layer(model, x)
+def _found(model, x, ask, logits, seen, choice):
     layer, step, notes = choice
     _refuse_tokens(model, layer, step, x)
     layout = find_layout(model, layer.name, step.shape, step.axis, x, ask, last=True)
     call = 0 if layer.call is None else seen.runs[layer.name] + layer.call
     return Found(layer._replace(layout=layout), call, seen.kept.get(step), logits, notes)
 
-# %% ../../nbs/3_cam/01_choice.ipynb #17a9b07c
+def _at_once(model, x, ask):
+    "What following only the end of a pass shows, if that is all there is to see."
+    begin = late_module(model)
+    if begin is None: return None
+    logits, seen = follow_end(model, x, begin, ask)
+    end = seen.trace.of(logits)
+    steps = end.features() if end and seen.trace.whole and not end.cramped else ()
+    places = [s in seen.kept and _place(s, seen) for s in steps]
+    clear = places and all(p and p.call is None for p in places)
+    return _found(model, x, ask, logits, seen, _choose(end, seen)) if clear else None
+
+# %% ../../nbs/3_cam/01_choice.ipynb #996feff8
+def find_features(model, x, ask):
+    "The layer that the classifier pools, and its output where the same pass has read it."
+    on = torch.is_grad_enabled()
+    if found := _at_once(model, x, ask): return found
+    torch.set_grad_enabled(on)
+    logits, seen = follow(model, x, late_module(model), ask)
+    end = seen.trace.of(logits)
+    choice = end and _choose(end, seen)
+    if not choice: _no_layer(model, x)
+    return _found(model, x, ask, logits, seen, choice)
+
+# %% ../../nbs/3_cam/01_choice.ipynb #e31c4e13
 def feature_layer(
     model:nn.Module, # any CNN whose forward gives logits (B,C)
     x, # (B,3,H,W); its first image is let through

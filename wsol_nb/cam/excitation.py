@@ -97,8 +97,9 @@ class _Carrier(TorchFunctionMode):
         self.r, self.held, self.signed, self.n, self.on = {}, [], {}, 0, False
 
     def start(self, A):
-        self.on, self.first = False, torch.ones_like(A, requires_grad=True)
-        self.on = True # of several calls of a layer the last one to be read begins it
+        self.on = False # it may be a later call of the layer, that starts anew
+        self.first = torch.ones_like(A, requires_grad=True)
+        self.on = True
         return self.note(A, self.first)
 
     def note(self, out, r, sign=None):

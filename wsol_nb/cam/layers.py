@@ -13,8 +13,9 @@ import torch
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
-from .choice import (
-    Layer, channels_first, check_call, check_layout, find_features, find_layer, find_layout)
+from wsol_nb.cam.choice import (
+    Layer, channels_first, check_call, check_layout, feature_layer, find_features, find_layer,
+    find_layout)
 from .trace import Trace, eager, hooked, leaf
 from ..core import expect
 from ..localize.base import Localizer
@@ -44,7 +45,7 @@ class Seen:
     def first(self, ts): return [channels_first(t, l.layout) for t, l in zip(ts, self.layers)]
 
     def gradients(self, target, create_graph):
-        "For each of T targets the gradients (B,K,h,w) at all layers, made once; and if T was asked."
+        "Of each of T targets the gradients (B,K,h,w) at all layers; and whether T was asked for."
         scores = target.scores(self.logits)
         if self._grads is None:
             sums = scores.reshape(len(scores), -1).sum(0) # t
@@ -78,6 +79,7 @@ def _switches(model, x):
         for h in hooks: h.remove()
     return found[0] if found else None
 
+# %% ../../nbs/3_cam/01_layers.ipynb #4939114a
 def why_no_gradient(model, x):
     "What keeps gradients away, by module name."
     names = {m: repr(n) if n else type(m).__name__ for n, m in model.named_modules()}
@@ -91,7 +93,7 @@ def why_no_gradient(model, x):
         return f'{said}: the forward pass of {names[m]} runs under torch.{by}'
     return f'{said}; does the forward pass detach, or ignore it?'
 
-# %% ../../nbs/3_cam/01_layers.ipynb #fc3963bf
+# %% ../../nbs/3_cam/01_layers.ipynb #0c416818
 def _what(out):
     "The shape of a tensor, or the type of what is none."
     return tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
@@ -121,7 +123,7 @@ def _of_calls(layer, outs, runs):
     if call >= 0: return [(call, outs[0])] # only that one was kept
     return [(runs + call, outs[call])]
 
-# %% ../../nbs/3_cam/01_layers.ipynb #74916c06
+# %% ../../nbs/3_cam/01_layers.ipynb #d1511c06
 class _Then(TorchFunctionMode):
     "Waits for a function `name` of the tensor `of`, and reads what it gives."
     of = name = read = None
@@ -132,7 +134,7 @@ class _Then(TorchFunctionMode):
         self.of = None
         return self.read(out)
 
-# %% ../../nbs/3_cam/01_layers.ipynb #3a689acc
+# %% ../../nbs/3_cam/01_layers.ipynb #aa4a3ba4
 class _Reader:
     "Keeps the outputs of layers, and hands on copies with a graph."
     def __init__(self, model, layers, start, trace=None):
@@ -154,7 +156,7 @@ class _Reader:
         if self.trace: self.steps[layer.name] = self.trace.of(out)
         return self.start(out.clone())
 
-# %% ../../nbs/3_cam/01_layers.ipynb #742cd385
+# %% ../../nbs/3_cam/01_layers.ipynb #cd3a4427
 def _with_layout(layer, reader, model, x, ask):
     "The layer with its layout, as the pass showed it."
     if layer.layout is not None: return layer
@@ -170,7 +172,7 @@ def _check_maps(A, layer, x):
     raise ValueError(f'layer={layer.name!r}: its output is {tuple(A.shape)}, not maps {form}; name '
                      'an earlier layer, or with layout= a function that makes maps of it')
 
-# %% ../../nbs/3_cam/01_layers.ipynb #e3d5c6e6
+# %% ../../nbs/3_cam/01_layers.ipynb #8cb8d40c
 def as_it_is(out): return out
 
 def watch(model, layers, x, start=as_it_is, ask=Door()):
@@ -189,7 +191,7 @@ def watch(model, layers, x, start=as_it_is, ask=Door()):
     for A, l in zip(seen.acts, read): _check_maps(A, l, x)
     return seen
 
-# %% ../../nbs/3_cam/01_layers.ipynb #e3946dda
+# %% ../../nbs/3_cam/01_layers.ipynb #61016b76
 def _asked(loc, layer, call, layout):
     "The layers that were named, or None."
     kind = type(loc).__name__
@@ -205,7 +207,7 @@ def _asked(loc, layer, call, layout):
     expect(one, 'call', call, f'the number of a call: {kind} stacks none of {len(names)} layers')
     return [Layer(n, check_call(call), layout=check_layout(layout)) for n in names]
 
-# %% ../../nbs/3_cam/01_layers.ipynb #39a9c82f
+# %% ../../nbs/3_cam/01_layers.ipynb #66b32aad
 class _AtLayers(Localizer):
     "A localizer that knows the layers that it looks at."
     several_layers = True # takes a list of more than one
@@ -234,7 +236,7 @@ class _AtLayers(Localizer):
         read = ', '.join(map(str, self.read or ['found at the first call']))
         return super().describe(preset).replace(', preset=', f', layer={read}, preset=')
 
-# %% ../../nbs/3_cam/01_layers.ipynb #80a12d2b
+# %% ../../nbs/3_cam/01_layers.ipynb #5f19e54d
 def _say(loc, found):
     "Warn of what there is to say about a layer that was found, once."
     for note in found.notes:
@@ -261,23 +263,24 @@ def known(self:_AtLayers, x):
     if self.asked is None and size not in self._known: self._known[size] = self.find(x, False)[0]
     return self._known.get(size, self.asked)
 
-# %% ../../nbs/3_cam/01_layers.ipynb #f42a8feb
+# %% ../../nbs/3_cam/01_layers.ipynb #00fd75a6
 @patch
 def watch(self:_AtLayers, x, start=None):
     "One forward pass over `x`; a layer that nobody named is found for each image size."
-    size, seen = self.asked is None and tuple(x.shape[1:]), None
+    size, seen, on = self.asked is None and tuple(x.shape[1:]), None, torch.is_grad_enabled()
     layers = self._known.get(size, self.asked)
     if layers is not None:
         try: seen = watch(self.model, layers, x, start or as_it_is, self.door)
         except Unread: # a found one may be of a branch that was not taken this time
             if self.asked is not None: raise
+            torch.set_grad_enabled(on)
     if seen is None:
         layers, seen = self.find(x, start is None)
         if seen is None: seen = watch(self.model, layers, x, start or as_it_is, self.door)
     self.read = self._known[size] = list(dict.fromkeys(seen.layers))
     return seen
 
-# %% ../../nbs/3_cam/01_layers.ipynb #b5737789
+# %% ../../nbs/3_cam/01_layers.ipynb #1232d3ca
 def _stack(maps, layer):
     "The maps of all calls of a layer, side by side."
     shapes = {tuple(m.shape) for m in maps}
@@ -286,7 +289,12 @@ def _stack(maps, layer):
     raise ValueError(f"call='all': the calls of {layer.name!r} give maps of {sizes} positions; "
                      'call= chooses one')
 
-# %% ../../nbs/3_cam/01_layers.ipynb #22bc6682
+def _mean_of_layers(maps, size):
+    "One map of several, at the images' size: the mean of what is positive, scaled."
+    scaled = [minmax_maps(m.relu(), len(size)) for m in maps]
+    return sum(resize_maps(m, size) for m in scaled)/len(scaled)
+
+# %% ../../nbs/3_cam/01_layers.ipynb #6fb836e2
 class LayerLocalizer(_AtLayers):
     "Reads layers of any net. A subclass overrides `weigh(A, G)`, or `at_layer` if it needs more."
     def compute(self, x, target, create_graph):
@@ -294,7 +302,7 @@ class LayerLocalizer(_AtLayers):
             seen = self.watch(x.clone() if x.is_inference() else x)
             return seen.logits, self.maps(seen, target, create_graph)
 
-    def maps(self, seen, target, create_graph): # (B,h,w) or (B,T,h,w); with (…,n,h,w) of all calls
+    def maps(self, seen, target, create_graph): # (B,h,w) or (B,T,h,w); of n calls (…,n,h,w)
         "Raw maps from what a pass showed, one of each layer and then one of all."
         maps = [self.at_layer(seen, i, target, create_graph) for i in range(len(seen.outs))]
         layer, size = seen.layers[0], seen.x.shape[2:]
@@ -309,10 +317,7 @@ class LayerLocalizer(_AtLayers):
             maps = [self.weigh(seen.acts[i].float(), gs[i].float()) for gs in grads]
             return torch.stack(maps, 1) if several else maps[0]
 
-    def fuse(self, maps, size): # (B,H,W) or (B,T,H,W)
-        "One map of several layers', at the images' size: the mean of what is positive, scaled."
-        scaled = [minmax_maps(m.relu(), len(size)) for m in maps]
-        return sum(resize_maps(m, size) for m in scaled)/len(scaled)
+    def fuse(self, maps, size): return _mean_of_layers(maps, size) # (B,H,W) or (B,T,H,W)
 
     def weigh(self, A, G): # (B,K,h,w) twice -> (B,h,w)
         "The map that follows from a layer's output and gradient."

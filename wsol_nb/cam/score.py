@@ -324,6 +324,13 @@ def _silenced(A, ks): # (k,K,h,w)
     return without
 
 # %% ../../nbs/3_cam/03_score.ipynb #a6ed1f4e
+def _close(out, logits):
+    "Whether rows of logits are those of one image, as far as rounding goes."
+    tol = 1e-4 if logits.dtype == torch.float32 else .05
+    off, scale = (out - logits).abs().nan_to_num(0), (logits.abs().max() + 1e-3).nan_to_num(1)
+    return out.shape[1:] == logits.shape[1:] and bool((off <= tol*scale).all())
+
+# %% ../../nbs/3_cam/03_score.ipynb #2e27f787
 class _Tail:
     "A net from a call of a layer on, for one image: logits from what the layer gives there."
     def __init__(self, model, layer, x, A, logits, ask):
@@ -339,11 +346,8 @@ class _Tail:
 
     def answers(self, A, logits):
         "Whether two copies of the untouched output give the logits of the untouched net."
-        try: out = self(A.repeat(2, *[1]*(A.ndim - 1)))
+        try: return _close(self(A.repeat(2, *[1]*(A.ndim - 1))), logits)
         except RuntimeError: return False
-        tol = 1e-4 if logits.dtype == torch.float32 else .05
-        off, scale = (out - logits).abs().nan_to_num(0), (logits.abs().max() + 1e-3).nan_to_num(1)
-        return out.shape[1:] == logits.shape[1:] and bool((off <= tol*scale).all())
 
     def __call__(self, A):
         "Logits (k,C) for outputs A (k,K,h,w) of the layer, which the net may overwrite."
@@ -371,11 +375,10 @@ class AblationCAM(ChannelLocalizer):
         w, at = x.new_zeros(len(x), T, A.shape[1], dtype=torch.float32), None
         with no_autocast(x.device) if low else nullcontext():
             for i, ks in self.jobs(self.chosen_alive(A)):
-                one = slice(i, i + 1)
                 if at != i: # the first channels of another image
-                    about = x[one], A[one], logits[one], self.door
-                    at, tail = i, _Tail(model, self.at, *about)
-                    whole = _scores_of(target, logits, i, tail(A[one].clone()))[0] # t
+                    at, one = i, [t[i:i + 1] for t in (x, A, logits)]
+                    tail = _Tail(model, self.at, *one, self.door)
+                    whole = _scores_of(target, logits, i, tail(one[1].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T
         return w

@@ -62,13 +62,16 @@ def each_size(*names):
     return {f'{n}{d}d' for n in names for d in (1, 2, 3)}
 
 _POOLS = each_size('max_pool', 'avg_pool', 'lp_pool', 'adaptive_avg_pool', 'adaptive_max_pool')
-_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in each_size('max_pool', 'adaptive_max_pool'))}
+_INDEXED = each_size('max_pool', 'adaptive_max_pool')
+_POOLS |= {'_max_pool2d', *(f'{n}_with_indices' for n in _INDEXED)}
 _CONVS = each_size('conv', 'conv_transpose')
 _FIRST = _POOLS | _CONVS | {'batch_norm', 'instance_norm', 'group_norm', 'interpolate',
                             'pixel_shuffle', 'pixel_unshuffle', 'feature_dropout'}
 _LAST = {'linear', 'layer_norm', 'rms_norm'}
 _MEANS = {'mean', 'sum', 'amax', 'logsumexp', 'nanmean', 'std', 'var'}
 _PRODUCTS = {'bilinear', 'addmm', 'mm', 'matmul', '__matmul__', '__rmatmul__', 'einsum', 'bmm'}
+_TURNS = {'permute', 'transpose', 'swapaxes', 'swapdims'}
+_MIXES = _PRODUCTS | {'movedim', 'moveaxis', 'reshape', 'view', 'unflatten', 't', '__get__'}
 _SAME = {'dropout', 'dropout_', 'feature_dropout', 'clone', 'contiguous', 'to', 'float', 'half',
          'bfloat16', 'detach', 'requires_grad_', 'identity', 'alias'}
 RECTIFIERS = {'relu', 'relu_', 'relu6'}
@@ -86,7 +89,8 @@ def _moved(name, args, kwargs, axis, ndim):
         dims = _argument(args, kwargs, 1, 'dims')
         order = list(dims) if isinstance(dims, (tuple, list)) else list(args[1:])
     else:
-        a, b = _argument(args, kwargs, 1, 'dim0'), _argument(args, kwargs, 2, 'dim1')
+        a = _argument(args, kwargs, 1, 'dim0', 'axis0')
+        b = _argument(args, kwargs, 2, 'dim1', 'axis1')
         order[a], order[b] = order[b], order[a]
     at = [d % ndim for d in order].index(axis % ndim)
     return {1: 1, ndim - 1: -1}.get(at)
@@ -112,15 +116,16 @@ def _axis(name, args, kwargs, x, inputs, shape):
     "The channel axis of an operation's output, or None."
     if name in _FIRST: return 1
     if name in _LAST: return x.axis
-    if name in ('permute', 'transpose'):
-        return x.axis and _moved(name, args, kwargs, x.axis, len(x.shape))
+    if name in _TURNS: return x.axis and _moved(name, args, kwargs, x.axis, len(x.shape))
+    if name in _MIXES: return None # the same shape may mean other axes
     return next((s.axis for s in inputs if s.axis and s.shape == shape), None)
 
 def _is_cramped(args, kwargs, shape):
     "Whether a padded convolution gave a single position: the images are too small for the net."
     padding, w = _argument(args, kwargs, 4, 'padding'), _argument(args, kwargs, 1, 'weight')
-    grows = padding == 'same' or any(padding) if isinstance(padding, (tuple, list, str)) else padding
-    return bool(grows) and w[0, 0].numel() > 1 and all(n == 1 for n in shape[2:])
+    if isinstance(padding, (tuple, list)): padding = any(padding)
+    grows = padding not in (0, False, None, 'valid')
+    return grows and w[0, 0].numel() > 1 and all(n == 1 for n in shape[2:])
 
 # %% ../../nbs/3_cam/00_trace.ipynb #256fb1db
 def _tensors(args, kwargs=None):
@@ -130,10 +135,12 @@ def _tensors(args, kwargs=None):
     return [a for a in flat if isinstance(a, torch.Tensor)]
 
 class Trace(TorchFunctionMode):
-    "Follows what is made of the images `x`; `keep(step, tensor)` may exchange a rectified tensor."
+    "Follows what is made of the images `x`; `keep(step, t)` may exchange a rectified tensor."
     def __init__(self, x, keep=None):
         super().__init__()
-        self.steps, self.keep, self.image = {}, keep, Step('image', x.shape, axis=1)
+        self.steps, self.keep, self.n = {}, keep, len(x)
+        self.whole = True # nothing was pooled of what is not followed
+        self.image = Step('image', x.shape, axis=1)
         self.put(x, self.image)
 
     def put(self, t, step, own=True):
@@ -147,10 +154,16 @@ class Trace(TorchFunctionMode):
 
 # %% ../../nbs/3_cam/00_trace.ipynb #aa5e4870
 def _is_weighted(trace, name, args, kwargs):
-    "Whether an operation has weights: a convolution, a linear layer, a product with what is no step."
+    "Whether an operation has weights; a product has if a factor is no step."
     if name in _CONVS or name == 'linear': return True
     return name in _PRODUCTS and any(trace.of(t) is None for t in _tensors(args, kwargs))
 
+def _comes_from_elsewhere(trace, args, kwargs):
+    "Whether something of each image, and not a weight, was not made of what is followed."
+    tensors = (t for t in _tensors(args, kwargs) if not isinstance(t, nn.Parameter))
+    return any(t.ndim > 1 and len(t) == trace.n and trace.of(t) is None for t in tensors)
+
+# %% ../../nbs/3_cam/00_trace.ipynb #c1fae336
 def _note(trace, name, args, kwargs, inputs, t):
     "The step of an operation's output."
     x, shape = inputs[0], tuple(t.shape)
@@ -158,6 +171,7 @@ def _note(trace, name, args, kwargs, inputs, t):
     step = Step(name, shape, tuple(inputs), _is_weighted(trace, name, args, kwargs),
                 _axis(name, args, kwargs, x, inputs, shape))
     if name in _CONVS and _is_cramped(args, kwargs, shape): step.cramped = True
+    if not step.wide and _comes_from_elsewhere(trace, args, kwargs): trace.whole = False
     if name in _SAME and x.shape == shape: trace.put(t, x, trace.of(args[0], own=True) is not None)
     elif name in _POOLS and step.wide or name == 'pad': trace.put(t, x, own=False)
     else:
@@ -165,7 +179,7 @@ def _note(trace, name, args, kwargs, inputs, t):
         if name in RECTIFIERS and trace.keep: return trace.keep(step, t)
     return t
 
-# %% ../../nbs/3_cam/00_trace.ipynb #b6116753
+# %% ../../nbs/3_cam/00_trace.ipynb #bb965ec0
 @patch
 def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
     kwargs = kwargs or {}
@@ -179,7 +193,7 @@ def __torch_function__(self:Trace, func, types, args=(), kwargs=None):
     for t in _tensors(out): _note(self, name, args, kwargs, inputs, t)
     return out
 
-# %% ../../nbs/3_cam/00_trace.ipynb #1190c43e
+# %% ../../nbs/3_cam/00_trace.ipynb #1ce1bfb8
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten)
 
 def is_pool(m): return re.search(r'Pool(ing|Latent)?(\dd)?$', type(m).__name__) is not None
@@ -190,10 +204,10 @@ def leaf(t):
     return t if t.requires_grad else t.detach().requires_grad_()
 
 class Followed:
-    "What `follow` saw: steps, how often each module ran, and the tensors kept since the graph began."
-    def __init__(self, model, x, begin):
-        self.names = {m: n for n, m in model.named_modules()}
-        self.begin, self.kept, self.runs = begin, {}, {}
+    "What was seen of a pass: steps, how often modules ran, what was kept since the graph began."
+    def __init__(self, model, x, begin, names):
+        self.model, self.begin, self.names = model, begin, names
+        self.kept, self.runs = {}, {}
         self.trace = Trace(x, self.rectified)
 
     def rectified(self, step, t):
@@ -203,7 +217,12 @@ class Followed:
         self.trace.put(t, step)
         return t
 
-# %% ../../nbs/3_cam/00_trace.ipynb #da51f890
+    def note(self, m, call, args, out):
+        "A module has run: its steps get its name."
+        self.runs[self.names[m]] = call + 1
+        return _named(self, m, call, args, out)
+
+# %% ../../nbs/3_cam/00_trace.ipynb #e6083de9
 def _ends(followed, m, args, out):
     "Whether the module pooled all positions away; then its output's front is its input's."
     step = followed.trace.of(out)
@@ -222,12 +241,50 @@ def _named(followed, m, call, args, out):
     followed.kept[step] = out = leaf(out)
     return out.clone() # traced: it has the same step
 
-# %% ../../nbs/3_cam/00_trace.ipynb #3894e450
-def follow(model, x, begin=None, ask=lambda model, x: model(x)):
+# %% ../../nbs/3_cam/00_trace.ipynb #c8a8dd50
+def _plain(model, x): return model(x)
+
+def follow(model, x, begin=None, ask=_plain):
     "A pass that is followed, with a graph from `begin` on: the logits, and a `Followed`."
-    seen = Followed(model, x, begin)
-    def note(m, call, args, out):
-        seen.runs[seen.names[m]] = call + 1
-        return _named(seen, m, call, args, out)
-    with eager(), hooked(seen.names, note), seen.trace: logits = ask(model, x)
+    names = {m: n for n, m in model.named_modules()}
+    seen = Followed(model, x, begin, names)
+    with eager(), hooked(names, seen.note), seen.trace: logits = ask(model, x)
+    return logits, seen
+
+# %% ../../nbs/3_cam/00_trace.ipynb #330302b4
+def _late_names(model, begin):
+    "The modules from `begin` on in the order of registration, and those that it is a part of."
+    names = {m: n for n, m in model.named_modules()}
+    order, name = list(names), names[begin]
+    late = order[order.index(begin):]
+    above = [m for m in order if name.startswith(names[m] + '.') or not names[m]]
+    return {m: names[m] for m in [*above, *late]}
+
+class _FollowedEnd(Followed):
+    "Follows from the first output of `begin` to the end of the forward pass."
+    on = False
+    def note(self, m, call, args, out):
+        if m is self.begin and not self.on and isinstance(out, torch.Tensor): self.start(out)
+        kept = super().note(m, call, args, out) if self.on else self.count(m, call)
+        if m is self.model: self.stop()
+        return kept
+
+    def count(self, m, call): self.runs[self.names[m]] = call + 1
+
+    def start(self, out):
+        self.on = True
+        self.trace.put(out, Step('begin', out.shape, (self.trace.image,)))
+        self.trace.__enter__()
+
+    def stop(self):
+        if self.on: self.trace.__exit__(None, None, None)
+        self.on = False
+
+# %% ../../nbs/3_cam/00_trace.ipynb #83d42b9e
+def follow_end(model, x, begin, ask=_plain):
+    "As `follow`, but only from the module `begin` on."
+    seen = _FollowedEnd(model, x, begin, _late_names(model, begin))
+    try:
+        with eager(), hooked(seen.names, seen.note): logits = ask(model, x)
+    finally: seen.stop()
     return logits, seen

@@ -6,7 +6,8 @@
 __all__ = ['localize_photo', 'wsol_localize']
 
 # %% ../../nbs/9_tools/04_localize.ipynb #24e4b346
-import math
+import glob, math
+from collections import Counter
 from pathlib import Path
 
 from .command import command
@@ -65,13 +66,43 @@ def localize_photo(
     return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob, box=box,
                 tau=tau, tau_source=source, image=img, score_map=s)
 
-# %% ../../nbs/9_tools/04_localize.ipynb #11694089
-def _overlay_file(out, photo, before):
-    "Where the overlay of a photo goes; `before` are the photos that have theirs."
-    stem = Path(photo).stem
-    again = sum(Path(p).stem == stem for p in before)
-    return str(Path(out)/f'{stem}-overlay{f"-{again + 1}" if again else ""}.jpg')
+# %% ../../nbs/9_tools/04_localize.ipynb #fa7c8720
+def _files_of(name):
+    "The files that a name stands for."
+    from wsol_nb.data.formats import SUFFIXES
+    place = Path(name)
+    if place.is_dir(): return [f for f in place.rglob('*') if f.suffix.lower() in SUFFIXES]
+    if place.exists() or not glob.has_magic(str(name)): return [place]
+    return map(Path, glob.glob(str(name), recursive=True))
 
+def _photos(names):
+    "All files of all names, each name's in order; a name that stands for none is an error."
+    names, found = [names] if isinstance(names, (str, Path)) else names, []
+    for name in names:
+        own = sorted(_files_of(name))
+        if not own: raise ValueError(f'photos: there is no picture in {name}')
+        found += own
+    return found
+
+# %% ../../nbs/9_tools/04_localize.ipynb #11694089
+def _overlay_files(out, photos):
+    "Where the overlay of each photo goes."
+    files, seen = [], Counter()
+    for photo in photos:
+        seen[photo.stem] += 1
+        number = f'-{seen[photo.stem]}' if seen[photo.stem] > 1 else ''
+        files.append(Path(out)/f'{photo.stem}-overlay{number}.jpg')
+    return files
+
+def _refuse_over(files):
+    "An error where one of the files that will be written is there already."
+    there = [f for f in files if f.exists()]
+    if not there: return
+    others = f' (and {len(there) - 1} more)' if len(there) > 1 else ''
+    raise ValueError(f'out: {there[0]} is there already{others}; '
+                     '--overwrite replaces it, another --out keeps it')
+
+# %% ../../nbs/9_tools/04_localize.ipynb #b2903d04
 def _line(f):
     "What is printed of a photo."
     if f['box'] is None: where = 'no object found'
@@ -79,29 +110,60 @@ def _line(f):
     return (f"{f['photo']}: {f['class_name']}, probability {f['prob']:.2f}, {where} "
             f"(τ {f['tau']:.3f}, {f['tau_source']}) → {f['overlay']}")
 
+def _row(f):
+    "A row of boxes.csv."
+    box = [''] * 4 if f['box'] is None else f['box'].tolist()
+    of_photo = dict(image=f['photo'], probability=round(f['prob'], 4), tau=f['tau'])
+    return of_photo | {'class': f['class_name']} | dict(zip(('x0', 'y0', 'x1', 'y1'), box))
+
 # %% ../../nbs/9_tools/04_localize.ipynb #150a9d91
-@command(several=('photos',))
+def _write_overlay(f):
+    "Draw map and box of a photo over it; what stays is what is returned."
+    from PIL import Image
+    from wsol_nb.core import whole_file
+    from wsol_nb.show import BLUE, draw_boxes, overlay
+    shown = overlay(f.pop('image'), f.pop('score_map'))
+    if f['box'] is not None: shown = draw_boxes(shown, f['box'][None], BLUE)
+    with whole_file(f['overlay']) as part: Image.fromarray(shown).save(part, 'JPEG', quality=92)
+
+def _one(run, photo, tau, file):
+    "What was found in a photo, or what is wrong with it."
+    from wsol_nb.core import BadImage
+    try: f = localize_photo(run, photo, tau) | dict(overlay=str(file))
+    except BadImage as e: return dict(photo=str(photo), problem=str(e))
+    _write_overlay(f)
+    return f
+
+def _write_boxes(found, file):
+    import pandas as pd
+    from wsol_nb.core import whole_file
+    columns = ['image', 'class', 'probability', 'x0', 'y0', 'x1', 'y1', 'tau']
+    rows = pd.DataFrame([_row(f) for f in found if 'problem' not in f], columns=columns)
+    with whole_file(file) as part: rows.to_csv(part, index=False)
+
+# %% ../../nbs/9_tools/04_localize.ipynb #aa3a7228
+def _bad(found): return sum('problem' in f for f in found)
+
+@command(several=('photos',), failed=_bad)
 def wsol_localize(
     run:str, # run folder
-    photos:str, # image files, one or several, of any size and mode
+    photos:str, # image files, folders or patterns, one or several, of any size and mode
     tau:float=None, # map threshold, 0 to 1; default: that of the validation boxes, else .2
-    out:str='.', # where <photo>-overlay.jpg goes
+    out:str='localized', # folder of <photo>-overlay.jpg and boxes.csv
+    overwrite:bool=False, # replace files that are there
     import_:str=None, # a Python file of your own that registers what the run was trained with
 ):
-    "Print class, probability and box of photos, and write the overlays."
+    "Print class, probability and box of photos, and write overlays and a table of boxes."
+    from fastprogress.fastprogress import progress_bar
     from wsol_nb.registry import import_file
-    if import_: import_file(import_)
-    from PIL import Image
-    from wsol_nb.show import BLUE, draw_boxes, overlay
     from wsol_nb.train.run import load_run
-    r, found = load_run(run), []
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for photo in [photos] if isinstance(photos, (str, Path)) else photos:
-        f = localize_photo(r, photo, tau)
-        shown = overlay(f.pop('image'), f.pop('score_map'))
-        if f['box'] is not None: shown = draw_boxes(shown, f['box'][None], BLUE)
-        f['overlay'] = _overlay_file(out, photo, [o['photo'] for o in found])
-        Image.fromarray(shown).save(f['overlay'], quality=92)
-        print(_line(f))
-        found.append(f)
+    if import_: import_file(import_)
+    run, photos, table = load_run(run), _photos(photos), Path(out)/'boxes.csv'
+    files, found = _overlay_files(out, photos), []
+    if not overwrite: _refuse_over([*files, table])
+    for photo, file in progress_bar([*zip(photos, files)], leave=False):
+        found.append(_one(run, photo, tau, file))
+        print(found[-1].get('problem') or _line(found[-1]))
+    _write_boxes(found, table)
+    if _bad(found): print(f'{_bad(found)} of {len(found)} photos were skipped, see above')
     return found

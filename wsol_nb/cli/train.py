@@ -83,7 +83,22 @@ def _refuse_over(out):
     "An error where a run is in the folder already."
     if any((Path(out)/f).exists() for f in ('checkpoint.pt', 'model.safetensors')):
         raise ValueError(f'out={out!r}: a run is there already; --resume continues it, '
-                         'another --out starts a new one')
+                         '--overwrite replaces it, another --out starts a new one')
+
+# %% ../../nbs/9_tools/02_train.ipynb #40c8eb38
+def _to_resume(out, given):
+    "The config of the run in a folder; what was typed beside --resume must be what it says."
+    from wsol_nb.train.run import read_config
+    config = read_config(out)
+    name = config['method']['name'].lower()
+    has = config | config['data'] | config['train'] | dict(method=name)
+    usual = dict(method='gap', select='last', seed=42)
+    asked = {k: v for k, v in given.items() if k in has and v not in (None, usual.get(k))}
+    differ = [f'{k} is {has[k]!r} there, {v!r} was typed' for k, v in asked.items()
+              if not isinstance(has[k], dict) and str(v).lower() != str(has[k]).lower()]
+    if differ: raise ValueError(f'resume: the run goes on with the settings of {out}/config.json; '
+                                + '; '.join(differ))
+    return config
 
 # %% ../../nbs/9_tools/02_train.ipynb #96ded86f
 def _new_config(method, given):
@@ -97,11 +112,10 @@ def _new_config(method, given):
     return dict(schema=1, arch=s['arch'], stride=s['stride'] or None, pretrained=s['pretrained'],
                 method=method_to_dict(method), data=data, train={k: s[k] for k in how})
 
-def _config(out, resume, given):
+def _config(out, resume, given, overwrite=False):
     "The config of a new run, or of the one to resume."
-    from wsol_nb.train.run import read_config
-    if resume: return read_config(out)
-    _refuse_over(out)
+    if resume: return _to_resume(out, given)
+    if not overwrite: _refuse_over(out)
     own = {k: given[k] for k in ('seeds', 'stage1')}
     return _new_config(_make_method(given['method'], given['params'], **own), given)
 
@@ -118,6 +132,40 @@ def _fit(learn, train, out, resume):
     if not resume: return
     print(f'{done} of {train["epochs"]} epochs are done; '
           f'the settings are those of {out}/config.json')
+
+# %% ../../nbs/9_tools/02_train.ipynb #3ded3402
+_OF_A_RUN = ('config.json', 'history.csv', 'selection.json', 'checkpoint*.pt', '*.safetensors',
+             'report-*', 'images-*.csv', 'seeds/**/*.npy')
+
+def _clear(out):
+    "Remove the files of a run from a folder, once, and nothing else."
+    from wsol_nb.processes import barrier, is_first
+    if is_first():
+        for pattern in _OF_A_RUN:
+            for file in Path(out).glob(pattern): file.unlink()
+    barrier()
+
+# %% ../../nbs/9_tools/02_train.ipynb #601ca366
+def _check_select(select, truth):
+    known = truth.n_boxed or truth.n_masked
+    if select == 'loc' and not known:
+        raise ValueError(f"select='loc': split {truth.split!r} has no boxes or masks to select by")
+    return known
+
+def _train(out, resume, overwrite, given):
+    "Begin or go on, train, score, save; what is printed at the end comes after all is saved."
+    from wsol_nb.train.fit import begin_run, finish_run
+    config = _config(out, resume, given, overwrite)
+    if overwrite: _clear(out)
+    learn = begin_run(config, out)
+    truth = learn.dls.localizable('tune')
+    known = _check_select(config['train'].get('select'), truth)
+    _fit(learn, config['train'], out, resume)
+    report = finish_run(learn, config['train'], out)
+    print(report if known else f'split {truth.split!r} has no true boxes or masks: '
+                               'there is nothing to localize against')
+    print(f'run: {out}')
+    return learn
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
 @command(shared=True, names={'method': 'method', 'seeds': 'localizer'})
@@ -157,24 +205,12 @@ def wsol_train(
     skip_bad:bool=False, # leave bad images out, and say so
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out
+    overwrite:bool=False, # replace the run in --out
     import_:str=None, # a Python file of your own that registers methods, heads or localizers
 ):
     "Train a weakly-supervised localizer from image labels."
     given = dict(locals()) # what the user said
     from wsol_nb.registry import import_file
-    from wsol_nb.train.fit import finish_run, learner_from_config
-    from wsol_nb.train.run import write_json
+    from wsol_nb.train.guard import run_lock
     if import_: import_file(import_)
-    config = _config(out, resume, given)
-    learn = learner_from_config(config, out)
-    truth = learn.dls.localizable('tune')
-    known = truth.n_boxed or truth.n_masked
-    if select == 'loc' and not known:
-        raise ValueError(f"select='loc': split {truth.split!r} has no boxes or masks to select by")
-    write_json(Path(out)/'config.json', config)
-    _fit(learn, config['train'], out, resume)
-    report = finish_run(learn, config['train'], out)
-    print(report or f'split {truth.split!r} has no true boxes or masks: '
-                    'there is nothing to localize against')
-    print(f'run: {out}')
-    return learn
+    with run_lock(out): return _train(out, resume, overwrite, given)

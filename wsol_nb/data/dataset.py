@@ -216,6 +216,7 @@ def show_results(self:WSOLDL, b, out, max_n=9, **kwargs):
     "Images with true and predicted class."
     info = self.dataset.info
     if info.multi_label: return self.show_batch(b, max_n, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out # as `Interpretation` has it
     pred = out.argmax(1) if out.ndim == 2 else out
     pairs = [(_class_text(info, y), _class_text(info, p)) for y, p in zip(b[1], pred)]
     self.show_batch(b, max_n, titles=[f'{y}\n→ {p}' for y, p in pairs], **kwargs)

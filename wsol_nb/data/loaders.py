@@ -23,6 +23,7 @@ from .check import check_manifest, drop_bad
 from .dataset import WSOLDL, DataInfo, LocalizableSplit, WSOLDataset
 from .formats import folder_manifest
 from .geometry import RECIPES
+from .idioms import class_map
 from .manifest import describe_problems
 from .metadata import read_metadata
 from .stores import MapStore
@@ -103,7 +104,7 @@ class WSOLDataLoaders(DataLoaders):
         super().__init__(*loaders, path=path, device=device)
         self.info = info or loaders[0].dataset.info
 
-    vocab = property(lambda self: self.info.class_names)
+    vocab = property(lambda self: class_map(self.info))
     class_ids = property(lambda self: self.info.class_ids)
     c = property(lambda self: len(self.info.class_ids))
     size = property(lambda self: self.info.size)
@@ -163,12 +164,14 @@ def localizable(self:WSOLDataLoaders,
 def test_dl(self:WSOLDataLoaders,
     items, # image files, PIL images or (H,W,3) uint8 arrays, or a table with a column `path`
     with_labels:bool=False, # the table has a column `label`
-    exif:bool=True, # turn files as their EXIF flag says
+    exif:bool=None, # turn files as their EXIF flag says; None: files yes, a table as these data
     **kwargs, # for `WSOLDL`, e.g. bs
 )->WSOLDL:
     "A loader over new images, resized as in evaluation."
-    df = items if isinstance(items, pd.DataFrame) else pd.DataFrame({'path': list(items)})
-    kwargs.pop('rm_type_tfms', None)
+    table = isinstance(items, pd.DataFrame)
+    df = items if table else pd.DataFrame({'path': list(items)})
+    if exif is None: exif = self.info.exif if table else True
+    kwargs = {k: v for k, v in kwargs.items() if k not in ('rm_type_tfms', 'process')} # fastai's
     ds = WSOLDataset(df, replace(self.info, exif=exif), labelled=with_labels)
     return self.valid.new(ds, **({'shuffle': False, 'drop_last': False} | kwargs))
 

@@ -54,7 +54,7 @@ def _positions(target, n):
     if idx.ndim > 2 or len(idx) != n:
         raise ValueError(f'target: got shape {tuple(idx.shape)} for a batch of {n} images; '
                          f'expected one class, ({n},) or ({n},T)')
-    _refuse_one_hot(idx)
+    if may_read(idx): _refuse_one_hot(idx)
     with torch.inference_mode(False): return idx.long().clone()
 
 def _in_range(idx, n_classes):

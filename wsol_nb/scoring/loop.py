@@ -154,7 +154,7 @@ def _carried(localizer, dls, part, tau_from, preset, common):
 # %% ../../nbs/1_evaluation/10_loop.ipynb #34f8b372
 def _own_batches(part, progress):
     "This process's share of a split, and its batches, under a bar on the first process."
-    own = part.shard(rank(), world_size())
+    own = part.shard(rank(), world_size()) if world_size() > 1 else part
     if not progress or not is_first(): return own, own
     return own, progress_bar(own, total=-(-len(own)//own.bs), leave=False)
 

@@ -14,7 +14,7 @@ from fastcore.basics import listify, patch
 from ..core import expect, keep_memory, set_seed
 from ..data.loaders import WSOLDataLoaders
 from ..processes import joined
-from .callbacks import EpochLog, EpochSeed, LocalizationMetrics
+from .callbacks import EpochLog, EpochSeed, LocalizationMetrics, StopAtNaN
 from .distributed import distributed
 from .method import GAP, Method, method_to_dict, sgd
 from fastai.callback import progress, schedule
@@ -100,7 +100,7 @@ def _of_first_stage(first, dls, arch, stride, pretrained):
 def _callbacks(method, dls, localization):
     "Seeds, rows and scores of each epoch, then what the method brings."
     scores = [LocalizationMetrics()] if localization and not dls.info.multi_label else []
-    return [EpochSeed(dls.info.seed), EpochLog()] + scores + method.callbacks()
+    return [EpochSeed(dls.info.seed), EpochLog(), StopAtNaN()] + scores + method.callbacks()
 
 def _metrics(dls, metrics):
     "Accuracy where an image has one class, and what was asked for."

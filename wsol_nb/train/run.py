@@ -16,7 +16,7 @@ import torch
 import wsol_nb
 from torch import nn
 
-from ..core import whole_file
+from ..core import named_damage, whole_file
 from ..data.loaders import WSOLDataLoaders
 from ..localize.base import unwrap
 from ..processes import barrier, first_only
@@ -89,7 +89,7 @@ def read_config(
     file = Path(path)/'config.json'
     if not file.is_file():
         raise ValueError(f'{path}: no run is saved there (config.json is missing)')
-    config = json.loads(file.read_text(encoding='utf-8'))
+    with named_damage(file): config = json.loads(file.read_text(encoding='utf-8'))
     schema = config.get('schema')
     if schema != 1: raise ValueError(f'{file}: expected schema 1, got {schema!r}')
     return config
@@ -145,5 +145,6 @@ def load_run(
     file, method = _weights_file(path, select), method_from_dict(config['method'])
     n_classes, net = len(config['class_ids']), dict(stride=config['stride'], verbose=False)
     model = method.model(config['arch'], n_classes, **net)
-    model.load_state_dict(load_file(file))
+    with named_damage(file, 'select-*.safetensors beside it may be whole (select=)'):
+        model.load_state_dict(load_file(file))
     return Run(path, config, model.to(device).eval(), method)
