@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import BIN, TINY, refused, same_state, start, wait_until, wsol
+from helpers import BIN, TINY, digest, refused, same_state, start, wait_until, wsol
 from PIL import Image
 
 
@@ -264,3 +264,13 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
         main()
     assert 'examples:\n  wsol_train' in wsol('train', '--help')
     assert len(pd.read_csv('localized/boxes.csv')) and len(pd.read_csv('pictures/boxes.csv')) == 16
+
+
+def test_dry_run_leaves_nothing(world, tmp_path, monkeypatch):
+    "It says what was understood and how long it would take; no folder is made, no file is changed."
+    monkeypatch.chdir(tmp_path)
+    before = digest(world)
+    said = wsol('train', '--data', world, '--dry-run', '--epochs', 3, *TINY)
+    assert 'train 48, val 16, test 16' in said and '3 epochs of 6 steps of 8 images' in said
+    assert 's a step' in said and 'memory' in said
+    assert digest(world) == before and not [*tmp_path.iterdir()]
