@@ -57,7 +57,9 @@ def _manifest(root, dataset, negative, reach):
     return read_metadata(root, source['dataset'], strict=False, negative=negative, reach=reach)
 
 # %% ../../nbs/9_tools/05_data.ipynb #7fe3466c
-@command(failed=lambda found: 'problem' in found and len(found))
+@command(failed=lambda found: 'problem' in found and len(found),
+         examples=('wsol_data synth data --n-train 64 --n-val 16 --n-test 16',
+                   'wsol_data check data'))
 def wsol_data(
     command:str, # synth (write a world) or check (a dataset)
     root:str, # folder to write to, or to check

@@ -124,13 +124,20 @@ def _eval_net(arch, pretrained, localizer, classes, metadata, dataset, split, si
     report = evaluate(loc, dls, split, classes=table, **how)
     return _written(report, loc, dls, Path(out or f'{arch}-report'), arch)
 
+# %% ../../nbs/9_tools/03_evaluate.ipynb #9e2b88d2
+def _check_one(run, maps, arch):
+    "Refuse none, or several, of what can be scored."
+    if sum(kind is not None for kind in (run, maps, arch)) != 1:
+        raise ValueError('run: expected a run folder, --maps FOLDER or --arch NET')
+
 # %% ../../nbs/9_tools/03_evaluate.ipynb #945038e6
 def _refuse_idle(kind, idle):
     "An error that names the first option which was given although it does nothing."
     lost = [k for k, v in idle.items() if v is not None]
     if lost: raise ValueError(f'{lost[0]}: is not for {kind}')
 
-@command(place=('run',), shared=True)
+@command(place=('run',), shared=True, examples=(
+    'wsol_eval runs/cam', 'wsol_eval runs/fcam --split val --tau-from none'))
 def wsol_eval(
     run:str=None, # run folder; none with --maps or --arch
     split:str='test', # split to score
@@ -162,8 +169,7 @@ def wsol_eval(
     from wsol_nb.metrics.contours import BoxRules
     from wsol_nb.registry import import_file
     if import_: import_file(import_)
-    one = sum(kind is not None for kind in (run, maps, arch)) == 1
-    if not one: raise ValueError('run: expected a run folder, --maps FOLDER or --arch NET')
+    _check_one(run, maps, arch)
     scoring = dict(bootstrap=bootstrap, fixed_tau=fixed_tau, mask_tau=mask_tau,
                    first_box=first_box, rules=BoxRules(tight=tight))
     tau_from = None if str(tau_from).lower() == 'none' else tau_from
