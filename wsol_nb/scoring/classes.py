@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import expect
+from ..devices import send
 from ..localize.base import unwrap
 from ..localize.outputs import Hint
 from ..localize.target import find_class, has_class
@@ -95,7 +96,7 @@ class Classes:
     def same(self): return self.positions == list(range(len(self.names)))
 
     def of(self, y): # positions among the data's to those among the model's
-        return y if self.same else torch.tensor(self.positions).to(y.device)[y]
+        return y if self.same else send(torch.tensor(self.positions), y.device)[y]
 
 def check_classes(
     localizer, # a `Localizer`

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
+from ..devices import send
 from ..localize.base import BoxLocalizer, Localizer
 from ..localize.maps import check_preset, reference_score_map
 from ..processes import every, is_first, rank, world_size
@@ -164,7 +165,7 @@ def _own_batches(part, progress):
 
 def _first(part):
     "The first image of a split, as a batch."
-    return part.dataset[0][0][None].to(part.device)
+    return send(part.dataset[0][0][None], part.device)
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #7f5b32c8
 def _protocol(localizer, dls, part, preset, known):
