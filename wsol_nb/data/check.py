@@ -8,11 +8,13 @@ __all__ = ['check_manifest', 'drop_bad']
 # %% ../../nbs/0_ground/07_check.ipynb #5e82dc53
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from ..core import BadImage
+from .conventions import CONVENTIONS, likely_convention
 from .manifest import COLUMNS, labels_of, problem_table
 
 # %% ../../nbs/0_ground/07_check.ipynb #6b7edb75
@@ -112,6 +114,17 @@ def _shared(df, test):
         for i in sorted(tested & set(part.image_id)):
             yield test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'
 
+# %% ../../nbs/0_ground/07_check.ipynb #5855d3a9
+def _other_conventions(df):
+    "Faults of the splits whose boxes are, by their numbers, in another convention."
+    for s, part in df[(df.width > 0) & (df.boxes.map(len) > 0)].groupby('split', sort=False):
+        sizes = np.repeat(part[['width', 'height']].to_numpy(), part.boxes.map(len), 0)
+        found = likely_convention(np.concatenate(list(part.boxes)), sizes)
+        if found in ('pixels', None): continue
+        yield s, '', f'{s} boxes', (
+            f'{len(sizes)} boxes look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
+            f'wsol_data import --format wsol --boxes {found} converts them')
+
 # %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
 def _faults_of_rows(rows, told):
     "The faults of all rows; of one without a label nothing where `told` has it already."
@@ -147,6 +160,7 @@ def check_manifest(
     found += _new_classes(df, train)
     found += _repeated(df)
     found += _shared(df, test)
+    found += _other_conventions(df)
     if images: found += _faults_of_images(rows, progress)
     return problem_table(found)
 
