@@ -258,7 +258,7 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
     for module in (data, train, evaluate, localize, demo):
         command = COMMANDS[next(k for k in vars(module) if k.startswith('wsol_') and k in COMMANDS)]
         assert len(command.examples) == 2
-        lines += [line for line in command.examples if line != 'wsol_demo'] # it takes a minute; make demo runs it
+        lines += [line for line in command.examples if line != 'wsol_demo'] # make demo runs it, a minute
     for line in lines:
         monkeypatch.setattr(sys, 'argv', line.split())
         main()
