@@ -31,7 +31,7 @@ def _problems(found):
     import pandas as pd
     return pd.DataFrame(found.problems, columns=['where', 'problem'])
 
-# %% ../../nbs/9_tools/04a_exchange.ipynb #e4e3a48c
+# %% ../../nbs/9_tools/04a_exchange.ipynb #59b3160c
 def import_data(
     source, # what is imported
     out, # a new folder
@@ -46,10 +46,12 @@ def import_data(
     import re
     from wsol_nb.data.exchange import format_of, read_any
     from wsol_nb.data.layout import write_layout
+    from wsol_nb.data.metadata import datasets_in
     format = format or format_of(source)
     found = read_any(source, format, boxes, masks, dataset)
     print(f'{source} is {format}: {_counted(found)}')
-    name = name or re.sub(r'[^\w.-]+', '_', dataset or Path(source).resolve().stem)
+    own = next(iter(datasets_in(source)), '') if format == 'wsol' else ''
+    name = name or re.sub(r'[^\w.-]+', '_', dataset or own or Path(source).resolve().stem)
     write_layout(found, out, name, source=str(source), format=format, **how)
     _say(found, f'{out}/metadata/{name}/left_out.csv')
     print(f'written to {out}, dataset {name}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_runs', 'from_runs', 'read_coco', 'segmentation_of']
 
-# %% ../../nbs/0_ground/07d_coco.ipynb #d69594ee
+# %% ../../nbs/0_ground/07d_coco.ipynb #e2dd2736
 import importlib.util, json
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from ..core import BadImage, expect
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, picture_size, sound_box, split_of)
+                                      numbers_of, picture_size, read_json, sound_box, split_of)
 from .layout import place_picture
 from .outline import outlines
 
@@ -70,12 +70,10 @@ def _mask(segmentation, shape):
     from_runs(runs, shape) # now, to name what is wrong
     return partial(from_runs, runs, shape)
 
-# %% ../../nbs/0_ground/07d_coco.ipynb #350b68b6
+# %% ../../nbs/0_ground/07d_coco.ipynb #7099e368
 def _load(file):
     "The JSON of a file, or None where it is no COCO file at all."
-    try: data = json.loads(Path(file).read_text(encoding='utf-8-sig'))
-    except (ValueError, OSError) as e: raise ValueError(f'{file}: is no JSON ({e})') from None
-    wanted = 'images', 'annotations', 'categories'
+    data, wanted = read_json(file), ('images', 'annotations', 'categories')
     whole = isinstance(data, dict) and all(isinstance(data.get(k), list) for k in wanted)
     return data if whole else None
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'format_of', 'read_any', 'without_masks', 'write_any']
 
-# %% ../../nbs/0_ground/07h_exchange.ipynb #32b60f70
-import json
+# %% ../../nbs/0_ground/07h_exchange.ipynb #228ce415
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from ..core import expect
 from .coco import read_coco, write_coco
 from .conventions import CONVENTIONS
-from .interchange import Found
+from .interchange import Found, PictureFiles, read_json
 from .labelstudio import read_labelstudio, write_labelstudio
 from .layout import read_layout, whole_folder
 from .metadata import datasets_in
@@ -22,11 +21,11 @@ from .tables import read_csv, write_csv
 from .voc import read_voc, write_voc
 from .yolo import read_yolo, write_yolo
 
-# %% ../../nbs/0_ground/07h_exchange.ipynb #dd8476f9
+# %% ../../nbs/0_ground/07h_exchange.ipynb #2946eb0c
 def _json_kind(file):
     "What a JSON file is, or None."
-    try: data = json.loads(file.read_text(encoding='utf-8-sig'))
-    except (ValueError, OSError): return None
+    try: data = read_json(file)
+    except ValueError: return None
     if isinstance(data, list): return 'labelstudio'
     return 'coco' if isinstance(data, dict) and 'annotations' in data else None
 
@@ -74,7 +73,18 @@ def _reader(format, convention, masks, dataset):
     if format == 'labelstudio': return read_labelstudio
     return partial(dict(voc=read_voc, yolo=read_yolo, csv=read_csv)[format], **given)
 
-# %% ../../nbs/0_ground/07h_exchange.ipynb #790e0947
+# %% ../../nbs/0_ground/07h_exchange.ipynb #c3e9bf32
+_UNUSED = 'pictures of the folder are named by no annotation and were left out'
+
+def _count_unused(found, source):
+    "Note how many pictures below a source are in nothing that was read."
+    root = source if source.is_dir() else source.parent
+    files = {f for files in PictureFiles(root).by_name.values() for f in files}
+    files = {f for f in files if not f.parent.name.startswith('Segmentation')} # VOC's masks
+    unused = len(files - {Path(p.file) for p in found.pictures})
+    if unused: found.tally[_UNUSED] += unused
+
+# %% ../../nbs/0_ground/07h_exchange.ipynb #ace417ae
 def read_any(
     source, # a file or a folder
     format:str=None, # of `FORMATS`, or 'wsol'; None: told from what lies there
@@ -91,6 +101,7 @@ def read_any(
     expect(not fixed, 'boxes', convention, f'nothing for {format}, which has one form')
     found = _reader(format, convention, masks, dataset)(source)
     found.name_classes()
+    if format != 'wsol': _count_unused(found, Path(source))
     return found if masks else without_masks(found)
 
 def without_masks(found:Found)->Found:

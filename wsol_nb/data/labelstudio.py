@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_labelstudio', 'write_labelstudio']
 
-# %% ../../nbs/0_ground/07g_labelstudio.ipynb #1707af34
+# %% ../../nbs/0_ground/07g_labelstudio.ipynb #4ca63e35
 import json, re
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ import numpy as np
 from ..core import BadImage, expect
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, picture_size, sound_box, split_of)
+                                      numbers_of, picture_size, read_json, sound_box, split_of)
 from .layout import place_picture
 from .outline import fill, one_ring, outlines
 
@@ -56,7 +56,7 @@ def _add(p, result, tally):
     elif kind == 'polygonlabels': p.things.append(_polygon(value, p.size, tally))
     else: p.things.append(_rectangle(value, p.size, tally))
 
-# %% ../../nbs/0_ground/07g_labelstudio.ipynb #58faf3ee
+# %% ../../nbs/0_ground/07g_labelstudio.ipynb #f1b50fbf
 def _names(address):
     "What the picture of an address may be called, the likeliest first."
     path = unquote(str(address).split('?d=')[-1].split('?')[0])
@@ -75,7 +75,9 @@ def _results(task):
     "The results that count, and whether anybody gave some."
     given = [a for a in task.get('annotations') or [] if isinstance(a, dict)]
     given = [a for a in given if not a.get('was_cancelled')]
-    return (given[-1].get('result') or [], True) if given else ([], False)
+    if not given: return [], False
+    expect(isinstance(given[-1].get('result'), list), 'result', given[-1].get('result'), 'a list')
+    return given[-1]['result'], True
 
 # %% ../../nbs/0_ground/07g_labelstudio.ipynb #a1f28829
 _UNSEEN = 'tasks have no annotation'
@@ -99,11 +101,10 @@ def _picture(task, where, files, found):
         except ValueError as e: found.bad(f'{where} result {k}', e)
     return p
 
-# %% ../../nbs/0_ground/07g_labelstudio.ipynb #736d5a50
+# %% ../../nbs/0_ground/07g_labelstudio.ipynb #a813db7c
 def _load(file):
     "The tasks of a file; ValueError where it is none."
-    try: tasks = json.loads(file.read_text(encoding='utf-8-sig'))
-    except (ValueError, OSError) as e: raise ValueError(f'{file}: is no JSON ({e})') from None
+    tasks = read_json(file)
     whole = isinstance(tasks, list) and any(isinstance(t, dict) and 'data' in t for t in tasks)
     if whole: return tasks
     raise ValueError(f'{file}: expected a list of Label Studio tasks, each with data and '

@@ -15,7 +15,7 @@ from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_name
                                       numbers_of, picture_size, sound_box, split_of)
 from .layout import place_picture
 
-# %% ../../nbs/0_ground/07f_tables.ipynb #f6e378f0
+# %% ../../nbs/0_ground/07f_tables.ipynb #6e020fb6
 _HEADINGS = dict(
     image='image filename file file_name path image_id image_path fname name photo',
     label='label class class_name category label_name', labels='labels tags classes',
@@ -29,32 +29,38 @@ _PLAIN = 'image', 'label', 'x0', 'y0', 'x1', 'y1' # where there is no heading
 _FORMS = {('x0', 'y0', 'x1', 'y1'): None, ('cx', 'cy', 'width', 'height'): 'centre',
           ('x', 'y', 'width', 'height'): 'xywh'}
 
+# %% ../../nbs/0_ground/07f_tables.ipynb #6d81a79c
 def _columns(first):
     "({column: its place}, whether the first line is a heading)."
     known = [_KNOWN.get(h.strip().lower()) for h in first]
     if 'image' in known: return {k: known.index(k) for k in known if k}, True
+    wanted = 'image,label or image,label,x0,y0,x1,y1'
+    expect(len(first) in (2, 6), 'heading', ','.join(first), wanted)
     return {k: i for i, k in enumerate(_PLAIN[:len(first)])}, False
 
 def _form(columns):
     "The four columns of a box and the convention that they name; empty where there is none."
     for names, convention in _FORMS.items():
         if all(n in columns for n in names): return names, convention
+    boxes = [c for c in columns if c in 'x0 y0 x1 y1 cx cy x y'.split()]
+    wanted = 'none or all of ' + ' or '.join(','.join(names) for names in _FORMS)
+    expect(not boxes, 'heading', ','.join(boxes), wanted)
     return (), None
 
-# %% ../../nbs/0_ground/07f_tables.ipynb #2e9e02ad
+# %% ../../nbs/0_ground/07f_tables.ipynb #0eb9826b
 def _lines(file):
-    "(columns, [(line number, fields)]) of a table."
+    "(columns, [(line number, fields)], how many fields) of a table."
     try:
         with open(file, newline='', encoding='utf-8-sig') as f:
             reader = csv.reader(f)
-            lines = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
+            lines = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(f'{file}: expected a table of UTF-8 text ({e})') from None
     expect(lines, 'source', str(file), 'a table with image and label, found no line')
     columns, heading = _columns(lines[0][1])
     told = 'label' in columns or 'labels' in columns
     expect(told, f'{file}: heading', ','.join(lines[0][1]), 'columns image and label')
-    return columns, lines[heading:]
+    return columns, lines[heading:], len(lines[0][1])
 
 def _split(get):
     "The split that a line gives, or ''."
@@ -67,7 +73,7 @@ def _classes(get):
     if names: return names
     raise ValueError('expected a label, got none')
 
-# %% ../../nbs/0_ground/07f_tables.ipynb #eb9e6b38
+# %% ../../nbs/0_ground/07f_tables.ipynb #86a9493c
 def _line(fields, columns, corners, width):
     "(image, split, classes, four numbers or None) of a line, or ValueError."
     if len(fields) != width: raise ValueError(f'expected {width} fields, got {len(fields)}')
@@ -77,11 +83,14 @@ def _line(fields, columns, corners, width):
     if not get('image'): raise ValueError('expected an image, got none')
     return get('image'), _split(get), _classes(get), numbers
 
+_UNKNOWN = 'columns have a heading that is not known and were not read'
+
 def _read_lines(file, found):
     "`[(line number, what it says)]` of the lines that are right, and the convention that is named."
-    columns, lines = _lines(file)
+    columns, lines, width = _lines(file)
+    if width > len(columns): found.tally[_UNKNOWN] += width - len(columns)
     corners, convention = _form(columns)
-    out, width = [], len(lines[0][1]) if lines else 0
+    out = []
     for n, fields in lines:
         try: out.append((n, *_line(fields, columns, corners, width)))
         except ValueError as e: found.bad(f'{file.name} line {n}', e)
