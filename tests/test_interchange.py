@@ -319,3 +319,17 @@ def test_refusals(tmp_path):
     raises("boxes='yx': expected pixels", read_any, tmp_path, 'csv', 'yx')
     raises("format='pdf': expected voc", read_any, tmp_path, 'pdf')
     raises('nothing for coco, which has one form', read_any, tmp_path, 'coco', 'xywh')
+
+
+def test_boxes_go_out_in_stored_pixels(tmp_path):
+    "A picture that is stored at half its size: box, mask and picture that are exported agree."
+    Image.new('RGB', (60, 40)).save(tmp_path/'a.jpg')
+    mask = np.zeros((40, 60), bool)
+    mask[5:20, 10:30] = True
+    p = Picture('a.jpg', tmp_path/'a.jpg', (120, 80), 'train', [Thing('owl', (20, 10, 59, 39), lambda: mask)])
+    found = Found([p], {0: 'owl'})
+    for format in FORMATS:
+        write_any(found, tmp_path/format, format)
+        (again,) = read_any(tmp_path/format, masks=format != 'coco').pictures
+        assert (again.size, again.things[0].box) == ((60, 40), (10, 5, 29, 19)), format
+    assert any('boxes were scaled' in note for note in found.notes)

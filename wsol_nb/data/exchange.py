@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['FORMATS', 'format_of', 'read_any', 'without_masks', 'write_any']
 
-# %% ../../nbs/0_ground/07h_exchange.ipynb #228ce415
+# %% ../../nbs/0_ground/07h_exchange.ipynb #ed78ac70
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ..core import expect
 from .coco import read_coco, write_coco
-from .conventions import CONVENTIONS
-from .interchange import Found, PictureFiles, read_json
+from .conventions import CONVENTIONS, to_edges
+from .interchange import Found, PictureFiles, picture_size, read_json
 from .labelstudio import read_labelstudio, write_labelstudio
 from .layout import read_layout, whole_folder
 from .metadata import datasets_in
@@ -84,7 +86,7 @@ def _count_unused(found, source):
     unused = len(files - {Path(p.file) for p in found.pictures})
     if unused: found.tally[_UNUSED] += unused
 
-# %% ../../nbs/0_ground/07h_exchange.ipynb #ace417ae
+# %% ../../nbs/0_ground/07h_exchange.ipynb #93ba43db
 def read_any(
     source, # a file or a folder
     format:str=None, # of `FORMATS`, or 'wsol'; None: told from what lies there
@@ -110,6 +112,26 @@ def without_masks(found:Found)->Found:
         p.ignore, p.things = None, [replace(t, mask=None) for t in p.things]
     return found
 
+# %% ../../nbs/0_ground/07h_exchange.ipynb #509b589f
+_SCALED = 'pictures are stored in another size than their boxes are given in; boxes were scaled'
+
+def _scaled_box(box, size, to):
+    "A box in the whole pixels of a picture of another size."
+    edges = to_edges(box, size, 'pixels')[0]*np.tile(np.array(to)/size, 2)
+    x0, y0, x1, y1 = edges.round().astype(int).tolist()
+    x0, y0 = min(x0, to[0] - 1), min(y0, to[1] - 1)
+    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+
+def _in_stored_pixels(p, tally):
+    "The picture with the size of its file, and boxes in that."
+    size = picture_size(p.file)
+    if size == tuple(p.size): return p
+    tally[_SCALED] += 1
+    boxes = [t.box and _scaled_box(t.box, p.size, size) for t in p.things]
+    things = [replace(t, box=b) for t, b in zip(p.things, boxes)]
+    return replace(p, size=size, things=things)
+
+# %% ../../nbs/0_ground/07h_exchange.ipynb #f2bc7a97
 def write_any(
     found:Found,
     out, # a new folder
@@ -118,4 +140,6 @@ def write_any(
 ):
     "Write pictures and annotations in a format, whole or not at all."
     expect(format in FORMATS, 'format', format, ', '.join(FORMATS))
-    with whole_folder(out, overwrite, format=format) as part: FORMATS[format](found, part)
+    pictures = [_in_stored_pixels(p, found.tally) for p in found.pictures]
+    stored = replace(found, pictures=pictures)
+    with whole_folder(out, overwrite, format=format) as part: FORMATS[format](stored, part)

@@ -143,20 +143,20 @@ def read_csv(
     found.pictures = [p for p in pictures.values() if p is not None]
     return found
 
-# %% ../../nbs/0_ground/07f_tables.ipynb #76a00f44
+# %% ../../nbs/0_ground/07f_tables.ipynb #a72336d3
 _HEADING = 'image', 'label', 'split', 'x0', 'y0', 'x1', 'y1'
-_MASKS = 'masks became the boxes around them'
+_MASKS = 'masks were left out, for which a table has no room'
 
 def _rows(p, name, tally):
     "A row a thing, and one for each class that no thing has."
     for t in p.things:
-        tally[_MASKS] += t.mask is not None and t.box is None
+        if t.mask: tally[_MASKS] += 1
         box = box_of(t, p.size)
         yield name, t.label, p.split, *([f'{v:.10g}' for v in box] if box else [''] * 4)
     for c in p.labels:
         if c not in {t.label for t in p.things}: yield name, c, p.split, *[''] * 4
 
-# %% ../../nbs/0_ground/07f_tables.ipynb #08330fc4
+# %% ../../nbs/0_ground/07f_tables.ipynb #da0b74b0
 def write_csv(
     found:Found,
     out, # an empty folder
@@ -170,4 +170,3 @@ def write_csv(
             name = f'images/{names[p.image_id]}'
             place_picture(p.file, out/name)
             table.writerows(_rows(p, name, found.tally))
-    found.tally += {} # without what was counted zero times
