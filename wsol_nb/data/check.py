@@ -116,14 +116,15 @@ def _shared(df, test):
 
 # %% ../../nbs/0_ground/07_check.ipynb #5855d3a9
 def _other_conventions(df):
-    "Faults of the splits whose boxes are, by their numbers, in another convention."
-    for s, part in df[(df.width > 0) & (df.boxes.map(len) > 0)].groupby('split', sort=False):
-        sizes = np.repeat(part[['width', 'height']].to_numpy(), part.boxes.map(len), 0)
-        found = likely_convention(np.concatenate(list(part.boxes)), sizes)
-        if found in ('pixels', None): continue
-        yield s, '', f'{s} boxes', (
-            f'{len(sizes)} boxes look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
-            f'wsol_data import --format wsol --boxes {found} converts them')
+    "A fault of the dataset whose boxes are, by their numbers, in another convention."
+    boxed = df[(df.width > 0) & (df.boxes.map(len) > 0)]
+    if not len(boxed): return
+    sizes = np.repeat(boxed[['width', 'height']].to_numpy(), boxed.boxes.map(len), 0)
+    found = likely_convention(np.concatenate(list(boxed.boxes)), sizes)
+    if found in ('pixels', None): return
+    yield boxed.split.iloc[0], '', 'boxes', (
+        f'all {len(sizes)} look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
+        f'wsol_data import --format wsol --boxes {found} converts them')
 
 # %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
 def _faults_of_rows(rows, told):
