@@ -9,7 +9,7 @@ import torch
 from helpers import raises
 from PIL import Image
 
-from wsol_nb.core import BadImage, read_image
+from wsol_nb.images import BadImage, read_image
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.stores import MapStore
 from wsol_nb.data.check import check_manifest

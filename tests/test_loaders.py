@@ -10,7 +10,7 @@ import torch
 from helpers import raises, same, same_state
 from PIL import Image
 
-from wsol_nb.core import BadImage, read_image
+from wsol_nb.images import BadImage, read_image
 from wsol_nb.data.batches import ByteBatch, MakeFloats, recolour
 from wsol_nb.data.dataset import DataInfo, WSOLDataset
 from wsol_nb.data.geometry import RECIPES, Geometry, apply_geometry, draw_colours, jitter_colours, to_tensor

@@ -92,7 +92,7 @@ def _to_resume(out, given):
     config = read_config(out)
     name = config['method']['name'].lower()
     has = config | config['data'] | config['train'] | dict(method=name)
-    usual = dict(method='gap', select='last', seed=42)
+    usual = dict(method='gap', select='last', seed=42, check=True, skip_bad=False, exif=False)
     asked = {k: v for k, v in given.items() if k in has and v not in (None, usual.get(k))}
     differ = [f'{k} is {has[k]!r} there, {v!r} was typed' for k, v in asked.items()
               if not isinstance(has[k], dict) and str(v).lower() != str(has[k]).lower()]
@@ -107,6 +107,7 @@ def _new_config(method, given):
     first, s = method.first_stage(), _settings(method, given)
     sizes = {k: s[k] for k in ('size', 'resize', 'seed', 'bs', 'fast')}
     data = _data(s['data'], s['dataset'], s['recipe'], first, **sizes)
+    if s['exif'] and data['kind'] == 'metadata': data['exif'] = True
     data['roles'] = dict(train='train', valid=s['valid'], tune=s['tune'], test='test')
     how = ('epochs', 'opt', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')
     return dict(schema=1, arch=s['arch'], stride=s['stride'] or None, pretrained=s['pretrained'],
@@ -202,6 +203,9 @@ def wsol_train(
     workers:int=None, # loader processes; default 0 on a CPU
     # true: decode training images no larger than needed; false: in full; default true on a GPU
     fast:str=None,
+    # turn pictures as their EXIF flags say, and boxes of their stored form with them;
+    # a plain folder's are in any case
+    exif:bool=False,
     skip_bad:bool=False, # leave bad images out, and say so
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
-from PIL import Image
 
-from ..core import BadImage
+from ..images import BadImage, as_rgb, open_image, orientation
 from .manifest import COLUMNS, labels_of, problem_table
+from .turned import given_upright
 
 # %% ../../nbs/0_ground/07_check.ipynb #6b7edb75
 def _check_box(b, r):
@@ -33,30 +33,19 @@ def _check_row(r):
     if not r.width: yield 'has boxes, but the size of the original image is not known'
 
 # %% ../../nbs/0_ground/07_check.ipynb #ffe0247c
-_ORIENTATION = 0x0112 # the EXIF flag; above 4, the picture lies on its side
-
-def _opened(file, look):
-    "What `look(img)` gives of an image file; `BadImage` where it cannot be read."
-    try:
-        with Image.open(file) as img: return look(img)
-    except FileNotFoundError: raise BadImage(f'{file}: no such file') from None
-    except Exception as e:
-        what = f'cannot be read as an image ({type(e).__name__}: {e})'
-        raise BadImage(f'{file}: {what}') from None
-
-# %% ../../nbs/0_ground/07_check.ipynb #8a0f99e2
-def _size(img):
+def _size(file):
     "The size of an image that can be decoded."
-    size = img.size
-    img.load()
-    return size
+    with open_image(file) as img:
+        img.load()
+        return img.size
 
-def _size_and_turn(img):
-    "The size of an image that can be decoded, and whether it is turned by EXIF."
-    size, turned = img.size, img.getexif().get(_ORIENTATION, 1) > 4
-    img.draft('RGB', (64, 64))
-    img.load()
-    return size, turned
+def _size_and_flag(file):
+    "The size of an image whose pixels can be read as colours, and its EXIF flag."
+    with open_image(file) as img:
+        size, flag = img.size, orientation(img)
+        img.draft('RGB', (64, 64))
+        as_rgb(img)
+        return size, flag
 
 # %% ../../nbs/0_ground/07_check.ipynb #b9245c6d
 def _other_shape(r, stored):
@@ -65,26 +54,34 @@ def _other_shape(r, stored):
 
 def _check_mask(file, stored):
     "What is wrong with a mask of an image of `stored` size, or None."
-    size = _opened(file, _size)
+    size = _size(file)
     if size == stored: return None
     return (f'mask {file} has {size[0]}x{size[1]} pixels, '
             f'the stored image {stored[0]}x{stored[1]}')
 
 # %% ../../nbs/0_ground/07_check.ipynb #f84e1450
-def _faults_of_files(r):
-    files = [f for f in (*r.mask, r.ignore) if f]
-    stored, turned = _opened(r.path, _size_and_turn)
-    if _other_shape(r, stored):
-        yield (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
-               f'of {stored[0]}x{stored[1]} has another shape')
-    if turned and (len(r.boxes) or files):
-        yield ('is turned by an EXIF flag, which is ignored: '
-               'boxes and masks refer to the pixels as stored')
-    yield from filter(None, (_check_mask(f, stored) for f in files))
+def _shape_fault(r, stored, flag, exif):
+    "What is wrong with a row's size beside that of its file, or None."
+    if not _other_shape(r, stored): return None
+    fault = (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
+             f'of {stored[0]}x{stored[1]} has another shape')
+    if not given_upright(r, stored, flag): return fault
+    return None if exif else f'{fault}; exif=True (--exif) turns it as its EXIF flag {flag} says'
 
-def _check_files(r):
+def _faults_of_files(r, exif):
+    files = [f for f in (*r.mask, r.ignore) if f]
+    stored, flag = _size_and_flag(r.path)
+    shape = _shape_fault(r, stored, flag, exif)
+    if shape: yield shape
+    elif flag > 1 and not exif and (len(r.boxes) or files):
+        yield (f'is turned by an EXIF flag ({flag}), which is ignored: boxes and masks refer '
+               'to the pixels as stored; exif=True (--exif) turns picture and boxes')
+    upright = stored[::-1] if exif and flag > 4 else stored
+    yield from filter(None, (_check_mask(f, upright) for f in files))
+
+def _check_files(r, exif=False):
     "The faults of a row's image and masks, up to the first file that cannot be read."
-    try: yield from _faults_of_files(r)
+    try: yield from _faults_of_files(r, exif)
     except BadImage as e: yield str(e)
 
 # %% ../../nbs/0_ground/07_check.ipynb #a66cd3e8
@@ -119,9 +116,9 @@ def _faults_of_rows(rows, told):
         if r.label < 0 and (r.split, r.image_id) in told: continue
         for what in _check_row(r): yield _of(r, what)
 
-def _faults_of_images(rows, progress):
+def _faults_of_images(rows, exif, progress):
     "The faults of all images and masks, decoded on threads."
-    def check(r): return list(_check_files(r))
+    def check(r): return list(_check_files(r, exif))
     with ThreadPoolExecutor(4) as pool:
         faults = pool.map(check, rows)
         if progress: faults = progress_bar(faults, total=len(rows), leave=False)
@@ -135,6 +132,7 @@ def check_manifest(
     train:str='train', # the split whose classes are the known ones
     test:str='test', # the split that must share no image with it
     progress:bool=False, # show a bar
+    exif:bool=False, # pictures are turned as their EXIF flag says, and their boxes are upright
 )->pd.DataFrame: # columns split, image_id, where, problem; no row: the dataset is sound
     "Everything that is wrong with a dataset, by row."
     missing = ', '.join(c for c in COLUMNS if c not in df.columns)
@@ -147,7 +145,7 @@ def check_manifest(
     found += _new_classes(df, train)
     found += _repeated(df)
     found += _shared(df, test)
-    if images: found += _faults_of_images(rows, progress)
+    if images: found += _faults_of_images(rows, exif, progress)
     return problem_table(found)
 
 # %% ../../nbs/0_ground/07_check.ipynb #b07829fc
