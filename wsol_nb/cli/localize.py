@@ -69,7 +69,7 @@ def localize_photo(
 # %% ../../nbs/9_tools/04_localize.ipynb #fa7c8720
 def _files_of(name):
     "The files that a name stands for."
-    from wsol_nb.data.formats import SUFFIXES
+    from wsol_nb.data.manifest import SUFFIXES
     place = Path(name)
     if place.is_dir(): return [f for f in place.rglob('*') if f.suffix.lower() in SUFFIXES]
     if place.exists() or not glob.has_magic(str(name)): return [place]

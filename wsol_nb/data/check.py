@@ -6,7 +6,9 @@
 __all__ = ['check_manifest', 'drop_bad']
 
 # %% ../../nbs/0_ground/07_check.ipynb #5e82dc53
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
@@ -60,29 +62,64 @@ def _check_mask(file, stored):
             f'the stored image {stored[0]}x{stored[1]}')
 
 # %% ../../nbs/0_ground/07_check.ipynb #f84e1450
-def _shape_fault(r, stored, flag, exif):
-    "What is wrong with a row's size beside that of its file, or None."
-    if not _other_shape(r, stored): return None
-    fault = (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
-             f'of {stored[0]}x{stored[1]} has another shape')
-    if not given_upright(r, stored, flag): return fault
-    return None if exif else f'{fault}; exif=True (--exif) turns it as its EXIF flag {flag} says'
+def _shape_fault(r, stored):
+    "What is wrong with a row's size beside that of its file."
+    return (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
+            f'of {stored[0]}x{stored[1]} has another shape')
 
-def _faults_of_files(r, exif):
+def _turn_fault(r, stored, flag):
+    "What is wrong where an EXIF flag is ignored."
+    turns = f'exif=True (--exif) turns it as its EXIF flag {flag} says'
+    if given_upright(r, stored, flag): return f'{_shape_fault(r, stored)}; {turns}'
+    return (f'is turned by an EXIF flag ({flag}), which is ignored: boxes and masks refer '
+            'to the pixels as stored; exif=True (--exif) turns picture and boxes')
+
+def _faults_of_files(r, look, exif):
     files = [f for f in (*r.mask, r.ignore) if f]
-    stored, flag = _size_and_flag(r.path)
-    shape = _shape_fault(r, stored, flag, exif)
-    if shape: yield shape
+    look.stored, flag = _size_and_flag(r.path)
+    upright = given_upright(r, look.stored, flag)
+    if _other_shape(r, look.stored) and not upright: look.shape = _shape_fault(r, look.stored)
     elif flag > 1 and not exif and (len(r.boxes) or files):
-        yield (f'is turned by an EXIF flag ({flag}), which is ignored: boxes and masks refer '
-               'to the pixels as stored; exif=True (--exif) turns picture and boxes')
-    upright = stored[::-1] if exif and flag > 4 else stored
-    yield from filter(None, (_check_mask(f, upright) for f in files))
+        yield _turn_fault(r, look.stored, flag)
+    shown = look.stored[::-1] if exif and flag > 4 else look.stored
+    yield from filter(None, (_check_mask(f, shown) for f in files))
+
+# %% ../../nbs/0_ground/07_check.ipynb #702fe671
+@dataclass
+class _Look:
+    "What the files of a row show."
+    stored: tuple = None # (W,H) of its image
+    shape: str = None # the fault that this is another shape than the row's
+    faults: tuple = () # all others, up to the first file that cannot be read
 
 def _check_files(r, exif=False):
-    "The faults of a row's image and masks, up to the first file that cannot be read."
-    try: yield from _faults_of_files(r, exif)
-    except BadImage as e: yield str(e)
+    "What the files of a row show."
+    look, faults = _Look(), []
+    try:
+        for fault in _faults_of_files(r, look, exif): faults.append(fault)
+    except BadImage as e: faults.append(str(e))
+    look.faults = tuple(faults)
+    return look
+
+# %% ../../nbs/0_ground/07_check.ipynb #bce6b7a5
+def _shapes(rows):
+    "How many shapes the originals have, to a tenth."
+    return len({round(r.width/r.height, 1) for r in rows if r.width and r.height})
+
+def _common_size(rows, looks):
+    "The (W,H) to which most images were resized without regard to their shape, or None."
+    sizes = Counter(look.stored for look in looks if look.stored)
+    if not sizes: return None
+    size, n = sizes.most_common(1)[0]
+    squashed = sum(look.shape is not None for look in looks if look.stored == size)
+    meant = size[0] == size[1] or _shapes(rows) > 2
+    return size if n > len(looks)/2 and squashed > n/2 and meant else None
+
+def _note_of_size(looks, size):
+    "Says once that images were resized."
+    n = sum(look.stored == size for look in looks)
+    return (f'{n} of {len(looks)} images are stored as {size[0]}x{size[1]}, whatever the shape '
+            'of the original; the loader resizes to a square as well')
 
 # %% ../../nbs/0_ground/07_check.ipynb #a66cd3e8
 def _of(r, what): return r.split, r.image_id, f'{r.split} {r.image_id}', what
@@ -116,14 +153,20 @@ def _faults_of_rows(rows, told):
         if r.label < 0 and (r.split, r.image_id) in told: continue
         for what in _check_row(r): yield _of(r, what)
 
-def _faults_of_images(rows, exif, progress):
-    "The faults of all images and masks, decoded on threads."
-    def check(r): return list(_check_files(r, exif))
+def _looks(rows, exif, progress):
+    "What the files of all rows show, decoded on threads."
     with ThreadPoolExecutor(4) as pool:
-        faults = pool.map(check, rows)
-        if progress: faults = progress_bar(faults, total=len(rows), leave=False)
-        for r, whats in zip(rows, faults):
-            for what in whats: yield _of(r, what)
+        looks = pool.map(lambda r: _check_files(r, exif), rows)
+        return list(progress_bar(looks, total=len(rows), leave=False) if progress else looks)
+
+def _faults_of_images(rows, exif, progress):
+    "The faults of all images and masks, and notes."
+    looks, faults = _looks(rows, exif, progress), []
+    size = _common_size(rows, looks)
+    for r, look in zip(rows, looks):
+        if look.shape and look.stored != size: faults.append(_of(r, look.shape))
+        faults += [_of(r, what) for what in look.faults]
+    return faults, [_note_of_size(looks, size)] if size else []
 
 # %% ../../nbs/0_ground/07_check.ipynb #df404ad6
 def check_manifest(
@@ -133,7 +176,7 @@ def check_manifest(
     test:str='test', # the split that must share no image with it
     progress:bool=False, # show a bar
     exif:bool=False, # pictures are turned as their EXIF flag says, and their boxes are upright
-)->pd.DataFrame: # columns split, image_id, where, problem; no row: the dataset is sound
+)->pd.DataFrame: # columns split, image_id, where, problem; no row: it is sound; `.attrs["notes"]`
     "Everything that is wrong with a dataset, by row."
     missing = ', '.join(c for c in COLUMNS if c not in df.columns)
     if missing:
@@ -145,8 +188,10 @@ def check_manifest(
     found += _new_classes(df, train)
     found += _repeated(df)
     found += _shared(df, test)
-    if images: found += _faults_of_images(rows, exif, progress)
-    return problem_table(found)
+    of_images, notes = _faults_of_images(rows, exif, progress) if images else ([], [])
+    problems = problem_table(found + of_images)
+    problems.attrs['notes'] = notes
+    return problems
 
 # %% ../../nbs/0_ground/07_check.ipynb #b07829fc
 def drop_bad(

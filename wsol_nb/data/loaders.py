@@ -21,9 +21,11 @@ from ..core import env_folder, expect
 from ..registry import did_you_mean
 from .check import check_manifest, drop_bad
 from .dataset import WSOLDL, DataInfo, LocalizableSplit, WSOLDataset
+from .doubts import doubts
 from .formats import folder_manifest
 from .geometry import RECIPES
 from .idioms import class_map
+from .layout import tree
 from .manifest import describe_problems
 from .metadata import read_metadata
 from .stores import MapStore
@@ -47,6 +49,7 @@ def _sound(df, check, skip_bad, train, test, exif=False):
     looked_at = df if check in (True, False) else df[df.split.isin(check)]
     problems = check_manifest(looked_at, train=train, test=test, exif=exif,
                               progress=len(looked_at) > 500)
+    for note in problems.attrs['notes']: print(f'note: {note}')
     if not len(problems): return df, None
     if skip_bad: return _without_bad(df, problems)
     raise ValueError(f'the dataset has {describe_problems(problems)}\n'
@@ -219,15 +222,19 @@ def from_metadata(cls:WSOLDataLoaders,
 @delegates(WSOLDataLoaders.from_manifest, but=['source', 'exif'])
 def from_folder(cls:WSOLDataLoaders,
     root, # `root/<class>/<image>` or `root/<split>/<class>/<image>`
-    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has no splits
+    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has none
     test_pct:float=0., # likewise 'test'
     split_seed:int=42, # of that division
+    split_list=None, # a file of lines `path,split`, which then decides
     **kwargs
 ):
-    "Loaders of a plain folder of images; nothing to localize against, but training and maps work."
-    root = Path(root).resolve()
-    df = folder_manifest(root, valid_pct, test_pct, split_seed)
+    "Loaders of a plain folder of images; says how it was understood; there is nothing to localize."
+    root, aside = Path(root).resolve(), kwargs.get('valid') in (None, 'val')
+    df = folder_manifest(root, valid_pct, test_pct, split_seed, split_list, aside)
+    print('\n'.join([f'{root.name}/', tree(df), *(f'note: {n}' for n in df.attrs['notes'])]))
+    for doubt in doubts(df, bool(kwargs.get('check'))): print(f'warning: {doubt}')
     division = dict(valid_pct=valid_pct, test_pct=test_pct, split_seed=split_seed)
+    if split_list: division['split_list'] = str(Path(split_list).resolve())
     source = dict(kind='folder', root=str(root), **division)
     return cls.from_manifest(df, source=source, exif=True, **kwargs)
 
