@@ -64,7 +64,7 @@ def open_image(
     if suffix in _BROUGHT_BY: _learn_heic()
     try:
         with Image.open(path) as img: yield img
-    except FileNotFoundError: raise BadImage(f'{path}: no such image file') from None
+    except FileNotFoundError: raise BadImage(f'{path}: no such file') from None
     except _UNREADABLE as e:
         brings = _BROUGHT_BY.get(suffix)
         hint = f'; pip install {brings} reads such files'*bool(brings)
