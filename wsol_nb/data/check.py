@@ -129,9 +129,12 @@ def _new_classes(df, train):
     labels = labels_of(df)
     classes = {l for ls in labels[df.split == train] for l in ls}
     if not classes: return
+    names = df.drop_duplicates('label').set_index('label').class_name
     for s, part in labels[df.label >= 0].groupby(df.split, sort=False):
         new = sorted({l for ls in part for l in ls} - classes)
-        if new: yield s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'
+        if not new: continue
+        called = ', '.join(str(names.get(l, l)) for l in new[:5])
+        yield s, '', f'{s} class_labels', f'classes {new[:5]} ({called}) are not in {train!r}'
 
 # %% ../../nbs/0_ground/07_check.ipynb #0cd3142f
 def _repeated(df):
