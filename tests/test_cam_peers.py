@@ -160,3 +160,20 @@ def test_one_target_for_a_batch_is_not_silently_wrong(net):
         GradCAM(net)(images(), targets=[one])
     by_targets = GradCAM(net)(input_tensor=images(), targets=[one, one])
     assert np.array_equal(by_targets, GradCAM(net)(images(), one.category))
+
+
+@pytest.mark.parametrize('name', ['GradCAM', 'XGradCAM', 'HiResCAM'])
+def test_several_layers_are_those_of_pytorch_grad_cam(name):
+    "The mean of the layers' maps, each positive, scaled and resized; `target_layers=` is understood."
+    torch.manual_seed(3)
+    big = Scaled(timm.create_model('resnet18', num_classes=6).eval())
+    ours = dict(GradCAM=GradCAM, XGradCAM=XGradCAM, HiResCAM=HiResCAM)[name]
+    two = [big.net.layer3, big.net.layer4]
+    every = ours(big, target_layers=two).raw(images(), [list(range(6))]*2)
+    c = every.flatten(2).std(2).argmax(1).tolist() # for which no map is empty
+    one = [pgc.utils.model_targets.ClassifierOutputTarget(i) for i in c]
+    with getattr(pgc, name)(model=big, target_layers=two) as cam: theirs = cam(images(), targets=one)
+    mine = ours(model=big, target_layers=two)
+    close(minmax(filled(mine.raw(images(), c))), torch.from_numpy(theirs))
+    same_way = ours(big, target_layers=[big.net.layer4])
+    assert torch.equal(same_way(images(), c), ours(big, 'net.layer4')(images(), c))

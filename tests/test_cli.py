@@ -2,12 +2,13 @@
 import json
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import BIN, TINY, refused, same_state, start, wait_until, wsol
+from helpers import BIN, TINY, digest, refused, same_state, start, wait_until, wsol
 from PIL import Image
 
 
@@ -246,3 +247,30 @@ def test_demo(tmp_path):
     for name in ('', '-fcam', '-untrained'):
         assert json.loads((demo/f'report{name}.json').read_text())['n'] == 16
     assert (demo/'report.html').read_text().count('data:image/jpeg;base64,') == 5
+
+
+def test_examples_of_the_help_run(tmp_path, monkeypatch, capsys):
+    "Each command's help ends with two examples; in this order they run in an empty folder as they stand."
+    from wsol_nb.cli import data, demo, evaluate, localize, train
+    from wsol_nb.cli.command import COMMANDS, main
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for module in (data, train, evaluate, localize, demo):
+        command = COMMANDS[next(k for k in vars(module) if k.startswith('wsol_') and k in COMMANDS)]
+        assert len(command.examples) == 2
+        lines += [line for line in command.examples if line != 'wsol_demo'] # make demo runs it, a minute
+    for line in lines:
+        monkeypatch.setattr(sys, 'argv', line.split())
+        main()
+    assert 'examples:\n  wsol_train' in wsol('train', '--help')
+    assert len(pd.read_csv('localized/boxes.csv')) and len(pd.read_csv('pictures/boxes.csv')) == 16
+
+
+def test_dry_run_leaves_nothing(world, tmp_path, monkeypatch):
+    "It says what was understood and how long it would take; no folder is made, no file is changed."
+    monkeypatch.chdir(tmp_path)
+    before = digest(world)
+    said = wsol('train', '--data', world, '--dry-run', '--epochs', 3, *TINY)
+    assert 'train 48, val 16, test 16' in said and '3 epochs of 6 steps of 8 images' in said
+    assert 's a step' in said and 'memory' in said
+    assert digest(world) == before and not [*tmp_path.iterdir()]

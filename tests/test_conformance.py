@@ -427,7 +427,8 @@ def test_layers(name):
     assert one.layers == make(model, target_layers=['body.bn2']).layers == ['body.bn2']
     with pytest.raises(ValueError, match='layer: .* takes one layer, got 0'): make(model, [])
     if not CLASSES[name].several_layers:
-        with pytest.raises(ValueError, match='takes one layer, got 2'): make(model, ['body.bn2', 'body.conv_stem'])
+        two = ['body.bn2', 'body.conv_stem']
+        with pytest.raises(ValueError, match='takes one layer, got 2'): make(model, two)
 
 
 @layered

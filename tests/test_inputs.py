@@ -1,6 +1,6 @@
 """What goes into a localizer and what a model answers: every localizer on the forms that people have.
 
-A small classifier is dressed as other libraries answer; what each localizer makes of it must be what it makes of
+A small classifier is dressed as other libraries answer; what a localizer makes of it must be what it makes of
 the classifier itself. Values that come from a peer are compared with pytorch-grad-cam.
 """
 import sys
@@ -124,7 +124,8 @@ class Scaled(nn.Module):
     def forward(self, x, scale, *, shift): return self.net(x)*scale + shift
 
 
-NOT_SCALED = dict(CAM='are no linear layer of the average of', ExcitationBackprop="'mul' has no excitation rule",
+NOT_SCALED = dict(CAM='are no linear layer of the average of',
+                  ExcitationBackprop="'mul' has no excitation rule",
                   Contrastive="'mul' has no excitation rule")
 
 
@@ -397,7 +398,7 @@ def test_targets_of_pytorch_grad_cam(kind, peer, ours):
     same(early(loc.raw(x, [asked, asked])), theirs, 1e-4)
     assert torch.equal(loc(input_tensor=x, targets=[asked, asked]), loc(x, [asked, asked]))
     if kind not in ('finer', 'both'): same(loc.raw(x, asked), loc.raw(x, [asked, asked]), 1e-5)
-    if (kind, peer) != ('not_binary', 'LayerCAM'): assert theirs.any(), 'an empty map would agree with anything'
+    if (kind, peer) != ('not_binary', 'LayerCAM'): assert theirs.any(), 'empty maps agree with anything'
 
 
 @every
@@ -492,5 +493,5 @@ ORDERS = dict(
 
 @pytest.mark.parametrize('order', ORDERS)
 def test_order_of_imports(order):
-    "torchvision and torch of different builds: after wsol_nb all is well, also where torchvision died before."
+    "torchvision and torch of different builds: after wsol_nb all is well, also where it died before."
     assert run(sys.executable, '-c', ORDERS[order]).stdout == 'timm\n'

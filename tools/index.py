@@ -34,7 +34,8 @@ def registered(tree):
         for d in getattr(node, 'decorator_list', []):
             if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id in KINDS:
                 code = ast.Lambda, ast.Name # not told by a value
-                literal = {k.arg: k.value for k in d.keywords if not isinstance(k.value, code)}
+                literal = {k.arg: k.value for k in d.keywords
+                           if not isinstance(k.value, code) and k.arg != 'examples'}
                 doc = (ast.get_docstring(node) or '').split('\n')[0]
                 yield d.func.id, node.name, doc, {k: ast.literal_eval(v) for k, v in literal.items()}
 

@@ -9,7 +9,8 @@ root = Path(__file__).resolve().parent.parent
 BEGIN, END = '      # made by tools/sidebar.py', '      # end'
 # where the folder's name says less
 TITLES = {'3_cam': 'Class maps', '4_losses': 'Weak losses', '6_dense': 'Full-resolution maps'}
-FIRST = ['evaluation', 'top_down', 'full_resolution', 'datasets', 'gpu', 'house'] # of the tutorials
+FIRST = ['evaluation', 'top_down', 'full_resolution', 'datasets', 'troubleshooting', 'gpu',
+         'house'] # of the tutorials
 
 
 def title(folder):

@@ -9,8 +9,8 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                            'maps, and show where they look.',
                            {'shared': True}),
              'wsol_eval': ('wsol_nb.cli.evaluate',
-                           'Score a run, or stored score maps, on a split: a table with the supervision '
-                           'ledger, a JSON report, for a run an HTML page.',
+                           'Score a run, stored maps or a ready net on a split: a table with the supervision '
+                           'ledger, a JSON report, for a run or a net an HTML page.',
                            {'place': ('run',), 'shared': True}),
              'wsol_localize': ('wsol_nb.cli.localize',
                                'Print class, probability and box of photos, and write overlays and a table '

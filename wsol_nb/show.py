@@ -7,7 +7,7 @@ __all__ = ['GREEN', 'BLUE', 'to_rgb', 'overlay', 'draw_boxes', 'draw_mask', 'Exa
            'figure_uri', 'write_html', 'write_report']
 
 # %% ../nbs/1_evaluation/11_show.ipynb #ab27b68e
-import base64, html, io, math
+import base64, html, io, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from .core import check_boxes, check_score_map, expect, whole_file
+from .core import check_boxes, check_score_map, expect, plain_tensor, whole_file
 from .localize.maps import reference_score_map
+from .localize.outputs import Hint
 from .metrics.contours import level_boxes
 from .processes import first_only
 from .scoring.report import Report
@@ -26,34 +27,66 @@ from .scoring.report import Report
 # %% ../nbs/1_evaluation/11_show.ipynb #84423b45
 GREEN, BLUE = (60, 220, 60), (50, 120, 255)
 
-def _tensor_to_rgb(x):
-    expect(x.ndim == 3 and len(x) == 3, 'image.shape', tuple(x.shape), '(3,H,W)')
-    return (x.detach().cpu().float().clamp(0, 1)*255).round().byte().permute(1, 2, 0).numpy()
-
-def to_rgb(
-    image, # (3,H,W) tensor in [0,1], (H,W,3) uint8 array, or PIL image
-)->np.ndarray: # (H,W,3) uint8
-    "Any of the library's images as an RGB array."
-    if isinstance(image, torch.Tensor): return _tensor_to_rgb(image)
-    arr = np.asarray(image if isinstance(image, np.ndarray) else image.convert('RGB'))
-    expect(arr.ndim == 3 and arr.shape[2] == 3, 'image.shape', arr.shape, '(H,W,3)')
-    expect(arr.dtype == np.uint8, 'image.dtype', str(arr.dtype), 'uint8')
+def _channels_last(image):
+    "An image of any kind as an array (H,W,1) or (H,W,3)."
+    if isinstance(image, torch.Tensor):
+        form = image.ndim == 3 and len(image) in (1, 3)
+        expect(form, 'image.shape', tuple(image.shape), '(3,H,W) or (1,H,W)')
+        return plain_tensor(image).detach().cpu().permute(1, 2, 0).numpy()
+    arr = image if isinstance(image, np.ndarray) else np.asarray(image.convert('RGB'))
+    arr = arr[..., None] if arr.ndim == 2 else arr
+    form = arr.ndim == 3 and arr.shape[2] in (1, 3)
+    expect(form, 'image.shape', arr.shape, '(H,W,3), (H,W,1) or (H,W)')
     return arr
 
+# %% ../nbs/1_evaluation/11_show.ipynb #b66e4534
+def _as_bytes(arr, denormalise):
+    "Values of an image as bytes."
+    if arr.dtype == np.uint8: return arr
+    known = np.issubdtype(arr.dtype, np.floating)
+    expect(known, 'image.dtype', str(arr.dtype), 'uint8, or floats in [0,1]')
+    arr = arr.astype(np.float32)
+    if denormalise is not None:
+        mean, std = denormalise
+        arr = (arr*np.float32(std) + np.float32(mean)).clip(0, 1)
+    low, high = arr.min(initial=0), arr.max(initial=1)
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f'image: expected floats in [0,1], got {low:.3g} to {high:.3g}; a '
+                         'normalised image is shown with denormalise=(mean, std)')
+    return (arr.clip(0, 1)*255).round().astype(np.uint8)
+
+def to_rgb(
+    image, # (3,H,W) tensor, (H,W,3) array, floats in [0,1] or uint8; one channel; or PIL image
+    denormalise=None, # (mean, std), each a number or one a channel, by which it was normalised
+)->np.ndarray: # (H,W,3) uint8
+    "Any of the library's images as an RGB array."
+    rgb = _as_bytes(_channels_last(image), denormalise)
+    return np.ascontiguousarray(np.broadcast_to(rgb, (*rgb.shape[:2], 3)))
+
 # %% ../nbs/1_evaluation/11_show.ipynb #64ccc2c8
+def _fitted(s, shape, stretch):
+    "A map (h,w) at an image's (H,W), with a word where their proportions differ by a cell or more."
+    (h, w), (H, W) = s.shape, shape
+    other = min(abs(h - w*H/W), abs(w - h*W/H)) > 1
+    if other and not stretch:
+        warnings.warn(f'score_map: {h}x{w} is stretched to an image of {H}x{W}, which has other '
+                      'proportions; stretch=True where that is meant', Hint, stacklevel=3)
+    if s.shape == shape: return s
+    return cv2.resize(s, (W, H), interpolation=cv2.INTER_LINEAR)
+
 def overlay(
     image, # as for `to_rgb`
     score_map, # (h,w) in [0,1]; resized to the image where it is smaller
     alpha:float=.6, # weight of the map's colours at its peak, 0 to 1; it fades with the map
     cmap:str='turbo', # matplotlib colour map
+    denormalise=None, # (mean, std) by which the image was normalised
+    stretch:bool=False, # the map has other proportions on purpose: no warning
 )->np.ndarray: # (H,W,3) uint8
     "The image with the score map laid over it in colour; where the map is low the picture stays."
     expect(0 <= alpha <= 1, 'alpha', alpha, '0 to 1')
-    rgb = to_rgb(image)
+    rgb = to_rgb(image, denormalise)
     if isinstance(score_map, torch.Tensor): score_map = score_map.detach().cpu()
-    s = check_score_map(score_map)
-    if s.shape != rgb.shape[:2]:
-        s = cv2.resize(s, rgb.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    s = _fitted(check_score_map(score_map), rgb.shape[:2], stretch)
     heat = matplotlib.colormaps[cmap](s)[..., :3]*255
     weight = alpha*np.sqrt(s)[..., None]
     return ((1 - weight)*rgb + weight*heat).round().astype(np.uint8)
@@ -100,7 +133,7 @@ class Example:
 
     def panel(self, alpha=.6):
         "The overlay with both boxes, or with the outlines of both masks."
-        rgb = overlay(self.image, self.score_map, alpha)
+        rgb = overlay(self.image, self.score_map, alpha, stretch=True)
         if self.true_mask is not None:
             return draw_mask(draw_mask(rgb, self.true_mask), self.score_map >= self.tau, BLUE)
         rgb = draw_boxes(rgb, self.true_boxes)
@@ -145,6 +178,8 @@ def _box_at(score_map, tau):
 def _example(r, localizer, part, report):
     "The image of a row of the per-image table, with its map made again."
     x, y = part.dataset[r.row]
+    places = report.protocol.get('classes') # the data's classes among the model's
+    y = y if places is None else torch.tensor(places)[y]
     raw = localizer.raw(x[None].to(part.device), y[None].to(part.device))[0].cpu().numpy()
     s = reference_score_map(raw, part.size, report.protocol['preset'])
     shown = Example(x, s, part.boxes[r.row], None, _title(r, report))

@@ -52,6 +52,7 @@ class Command:
     several: tuple = () # parameters that take one value or more
     failed: object = None # callable result -> whether the exit status is 1
     names: dict = None # {parameter: the kind of the registry whose names it takes}
+    examples: tuple = () # command lines that run, for the end of its help
     shared: bool = False # several processes do it together; otherwise only the first of them does
 
     def __post_init__(self):
@@ -92,13 +93,18 @@ def _argument(command, name, help):
     return out if command.by_place(name) else out | dict(dest=name)
 
 # %% ../../nbs/9_tools/01_command.ipynb #b69991b3
+def _epilog(examples):
+    "How examples stand at the end of a help."
+    return '\n  '.join(['examples:', *examples]) if examples else None
+
 def arguments(
     command:Command,
     prog:str, # name that the help shows
 )->argparse.ArgumentParser:
     "The command line of a function."
-    form = partial(argparse.HelpFormatter, max_help_position=28, width=120)
-    parser = argparse.ArgumentParser(prog, description=command.f.__doc__, formatter_class=form)
+    form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    said = dict(description=command.f.__doc__, epilog=_epilog(command.examples))
+    parser = argparse.ArgumentParser(prog, formatter_class=form, **said)
     parser.add_argument('--version', action='version', version=f'wsol_nb {__version__}')
     for name, said in comments(command.f).items():
         said += _known(command, name)

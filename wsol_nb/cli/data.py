@@ -8,7 +8,7 @@ __all__ = ['wsol_data']
 # %% ../../nbs/9_tools/05_data.ipynb #0e2b5e43
 from .command import command
 from .train import data_source
-from ..data.layout import class_counts
+from ..data.levels import class_counts
 from ..registry import entries, find
 
 # %% ../../nbs/9_tools/05_data.ipynb #6bb72181
@@ -85,7 +85,9 @@ def _write_left_out(df, problems, file):
     print(f'{_counted(len(dropped), "image")} of {len(df)} would be left out: {file}')
 
 # %% ../../nbs/9_tools/05_data.ipynb #1a437051
-@command(failed=lambda found: 'problem' in found and len(found))
+@command(failed=lambda found: 'problem' in found and len(found),
+         examples=('wsol_data synth data --n-train 64 --n-val 16 --n-test 16',
+                   'wsol_data check data'))
 def wsol_data(
     command:str, # synth (write a world) or check (a dataset)
     root:str, # folder to write to, or to check

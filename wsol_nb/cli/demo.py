@@ -122,7 +122,8 @@ def _demo_page(out, dls, cam, fcam, told):
                         'wsol_nb demo: CAM and F-CAM on a synthetic world', before=[told, fails])
 
 # %% ../../nbs/9_tools/06_demo.ipynb #4342d911
-@command(shared=True)
+@command(shared=True, examples=(
+    'wsol_demo', 'wsol_demo --out short --epochs 1 --n-train 64 --n-test 16'))
 def wsol_demo(
     out:str='demo', # folder for the world, the runs and the reports
     epochs:int=None, # of each training; default: the demo's own

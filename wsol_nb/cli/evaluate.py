@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/9_tools/03_evaluate.ipynb #a517b3e4
+import json
 from pathlib import Path
 
 from .command import command
@@ -32,6 +33,13 @@ def _metadata(metadata, dataset):
     inside = '' if p == root else p.relative_to(root/'metadata').as_posix()
     return root, _dataset_in(root, '' if inside == '.' else inside, dataset)
 
+def _root(metadata, dataset):
+    "Root and dataset, from what was said or WSOL_DATA."
+    from wsol_nb.core import env_folder
+    metadata = metadata or env_folder('WSOL_DATA')
+    if metadata: return _metadata(metadata, dataset)
+    raise ValueError('metadata: expected --metadata ROOT, or WSOL_DATA set to one')
+
 # %% ../../nbs/9_tools/03_evaluate.ipynb #b8a820f0
 def _tau_split(splits, tau_from, scored):
     "The split that τs are carried over from, or None; the scored one's own τ is the oracle's."
@@ -51,14 +59,10 @@ def _carried(score, store, df, other):
 
 def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
     "Score stored maps; τ is carried over where the other split's maps are there too."
-    from wsol_nb.core import env_folder
     from wsol_nb.data.metadata import read_metadata
     from wsol_nb.data.stores import MapStore
     from wsol_nb.scoring.stored import score_maps
-    metadata = metadata or env_folder('WSOL_DATA')
-    if metadata is None:
-        raise ValueError('metadata: expected --metadata ROOT, or WSOL_DATA set to one')
-    root, name = _metadata(metadata, dataset)
+    root, name = _root(metadata, dataset)
     df, store = read_metadata(root, name), MapStore(maps)
     out = Path(out or f'{Path(maps).resolve().name}-report')
     common = scoring | dict(size=size, name=f'maps in {Path(maps).name}', dataset=name)
@@ -82,9 +86,18 @@ def _loaders(run, split, data, **how):
     return dls
 
 # %% ../../nbs/9_tools/03_evaluate.ipynb #f352447a
+def _written(report, localizer, dls, out, name):
+    "Save a report with its table of images and its page, and print it."
+    from wsol_nb.show import write_report
+    split = report.protocol['split']
+    report.save(out/f'report-{split}.json')
+    report.images.to_csv(out/f'images-{split}.csv', index=False)
+    title, page = f'{name} on {split}', out/f'report-{split}.html'
+    print(f'{report}\nwritten: {write_report(page, report, localizer, dls, title)}')
+    return report
+
 def _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **scoring):
     "Score a run folder."
-    from wsol_nb.show import write_report
     from wsol_nb.train.interpret import score_run
     from wsol_nb.train.run import load_run
     r = load_run(run)
@@ -92,12 +105,30 @@ def _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **
     r.model.to(dls.device)
     how = dict(preset=preset, tau_from=tau_from)
     report, localizer = score_run(r, dls, split, **how, **scoring)
-    out, split = Path(out or run), report.protocol['split']
-    report.save(out/f'report-{split}.json')
-    report.images.to_csv(out/f'images-{split}.csv', index=False)
-    title, page = f'{Path(run).name} on {split}', out/f'report-{split}.html'
-    print(f'{report}\nwritten: {write_report(page, report, localizer, dls, title)}')
-    return report
+    return _written(report, localizer, dls, Path(out or run), Path(run).name)
+
+# %% ../../nbs/9_tools/03_evaluate.ipynb #c620a500
+def _eval_net(arch, pretrained, localizer, classes, metadata, dataset, split, size, out,
+              skip_bad, workers, bs, **how):
+    "Score a ready net of timm; `classes` is a JSON file or None."
+    from wsol_nb.data.loaders import WSOLDataLoaders
+    from wsol_nb.localize.base import find_localizer
+    from wsol_nb.nets.model import wsol_model
+    from wsol_nb.scoring.loop import evaluate
+    loading = dict(skip_bad=bool(skip_bad), num_workers=workers, bs=bs)
+    dls = WSOLDataLoaders.from_metadata(*_root(metadata, dataset), size=size, **loading)
+    kept = True if str(pretrained).lower() in ('true', 'yes') else pretrained
+    model = wsol_model(arch, None, kept, head='keep').to(dls.device)
+    loc = find_localizer(localizer)(model)
+    table = json.loads(Path(classes).read_text(encoding='utf-8')) if classes else None
+    report = evaluate(loc, dls, split, classes=table, **how)
+    return _written(report, loc, dls, Path(out or f'{arch}-report'), arch)
+
+# %% ../../nbs/9_tools/03_evaluate.ipynb #9e2b88d2
+def _check_one(run, maps, arch):
+    "Refuse none, or several, of what can be scored."
+    if sum(kind is not None for kind in (run, maps, arch)) != 1:
+        raise ValueError('run: expected a run folder, --maps FOLDER or --arch NET')
 
 # %% ../../nbs/9_tools/03_evaluate.ipynb #945038e6
 def _refuse_idle(kind, idle):
@@ -105,42 +136,50 @@ def _refuse_idle(kind, idle):
     lost = [k for k, v in idle.items() if v is not None]
     if lost: raise ValueError(f'{lost[0]}: is not for {kind}')
 
-@command(place=('run',), shared=True)
+@command(place=('run',), shared=True, examples=(
+    'wsol_eval runs/cam', 'wsol_eval runs/fcam --split val --tau-from none'))
 def wsol_eval(
-    run:str=None, # run folder; none with --maps
+    run:str=None, # run folder; none with --maps or --arch
     split:str='test', # split to score
     data:str=None, # another root than the one trained on
     # how maps are made: wsoleval, early, prob or interpolation-order; default: the method's own
     preset:str=None,
     tau_from:str='tune', # split whose τs are carried over; none: no split
     maps:str=None, # score this folder of <image_id>.npy maps instead of a run
-    metadata:str=None, # with --maps: WSOL root or metadata folder; default: WSOL_DATA
-    dataset:str=None, # with --maps: e.g. CUB or GLAS/fold-0, where the root has several
-    size:int=224, # with --maps: side of the maps and of the evaluation grid
+    arch:str=None, # score a ready net of timm as it is, e.g. mobilenetv2_100
+    pretrained:str='true', # with --arch: true (WSOL_WEIGHTS, then timm's hub) or a weights file
+    localizer:str='headmaps', # with --arch: what makes its maps
+    classes:str=None, # with --arch: JSON of data class -> position or name among the net's
+    metadata:str=None, # not for a run: WSOL root or metadata folder; default: WSOL_DATA
+    dataset:str=None, # not for a run: e.g. CUB or GLAS/fold-0, where the root has several
+    size:int=224, # not for a run: side of images and maps, and of the evaluation grid
     bootstrap:int=200, # replicates for 95 % intervals; 0: none
     fixed_tau:float=.2, # the τ of CorLoc
     mask_tau:float=.5, # the τ of F1+ and F1−
     first_box:bool=False, # only the first true box of an image counts
     tight:bool=False, # boxes end at their last pixel instead of one past it
     skip_bad:bool=False, # leave bad images out, and say so
-    out:str=None, # where the report goes; default: the run folder, or <maps>-report
+    out:str=None, # where the report goes; default: the run folder, <maps>-report, <arch>-report
     workers:int=None, # loader processes; default 0 on a CPU
     bs:int=32, # batch size
     import_:str=None, # a Python file of your own that registers what the run was trained with
 ):
-    "Score a run, or stored score maps, on a split: a table with the supervision ledger, " \
-    "a JSON report, for a run an HTML page."
+    "Score a run, stored maps or a ready net on a split: a table with the supervision ledger, " \
+    "a JSON report, for a run or a net an HTML page."
     from wsol_nb.metrics.contours import BoxRules
     from wsol_nb.registry import import_file
     if import_: import_file(import_)
-    if (run is None) == (maps is None):
-        raise ValueError('run: expected a run folder, or --maps FOLDER')
+    _check_one(run, maps, arch)
     scoring = dict(bootstrap=bootstrap, fixed_tau=fixed_tau, mask_tau=mask_tau,
                    first_box=first_box, rules=BoxRules(tight=tight))
     tau_from = None if str(tau_from).lower() == 'none' else tau_from
+    loading = dict(skip_bad=skip_bad or None, workers=workers)
+    if arch:
+        net = arch, pretrained, localizer, classes, metadata or data, dataset, split, size, out
+        return _eval_net(*net, **loading, bs=bs, preset=preset, tau_from=tau_from, **scoring)
     if maps:
-        _refuse_idle('--maps', dict(preset=preset, skip_bad=skip_bad or None, workers=workers))
+        _refuse_idle('--maps', dict(preset=preset, classes=classes, **loading))
         return _eval_maps(maps, metadata or data, dataset, split, size, tau_from, out, **scoring)
     idle = dict(metadata=metadata, dataset=dataset, size=None if size == 224 else size)
-    _refuse_idle('a run, which knows its data', idle)
+    _refuse_idle('a run, which knows its data', idle | dict(classes=classes))
     return _eval_run(run, split, data, preset, tau_from, skip_bad, out, workers, bs, **scoring)

@@ -144,7 +144,9 @@ def _write_boxes(found, file):
 # %% ../../nbs/9_tools/04_localize.ipynb #aa3a7228
 def _bad(found): return sum('problem' in f for f in found)
 
-@command(several=('photos',), failed=_bad)
+@command(several=('photos',), failed=_bad, examples=(
+    'wsol_localize runs/cam data/SYNTH/test/red_star',
+    'wsol_localize runs/fcam data/SYNTH/test --tau .3 --out pictures'))
 def wsol_localize(
     run:str, # run folder
     photos:str, # image files, folders or patterns, one or several, of any size and mode

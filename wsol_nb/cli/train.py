@@ -160,6 +160,11 @@ def _clear(out):
     barrier()
 
 # %% ../../nbs/9_tools/02_train.ipynb #601ca366
+def _rehearse(out, given):
+    "Say what a training would be."
+    from wsol_nb.cli.rehearsal import rehearse
+    for line in rehearse(_config(out, given['resume'], given, given['overwrite'])): print(line)
+
 def _check_select(select, truth):
     known = truth.n_boxed or truth.n_masked
     if select == 'loc' and not known:
@@ -182,7 +187,9 @@ def _train(out, resume, overwrite, given):
     return learn
 
 # %% ../../nbs/9_tools/02_train.ipynb #fa7bc9b2
-@command(shared=True, names={'method': 'method', 'seeds': 'localizer'})
+@command(shared=True, names={'method': 'method', 'seeds': 'localizer'}, examples=(
+    'wsol_train --data data --arch test_resnet --pretrained false --epochs 2 --out runs/cam',
+    'wsol_train --method fcam --stage1 runs/cam --epochs 2 --out runs/fcam'))
 def wsol_train(
     data:str=None, # WSOL root (with metadata/) or a folder class/image.jpg; default: WSOL_DATA
     dataset:str=None, # e.g. CUB or GLAS/fold-0, where the root has several
@@ -228,6 +235,7 @@ def wsol_train(
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out
     overwrite:bool=False, # replace the run in --out
+    dry_run:bool=False, # train two batches, say what it would be, and leave nothing behind
     import_:str=None, # a Python file of your own that registers methods, heads or localizers
 ):
     "Train a weakly-supervised localizer from image labels."
@@ -235,4 +243,5 @@ def wsol_train(
     from wsol_nb.registry import import_file
     from wsol_nb.train.guard import run_lock
     if import_: import_file(import_)
+    if dry_run: return _rehearse(out, given)
     with run_lock(out): return _train(out, resume, overwrite, given)

@@ -10,10 +10,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ..images import BadImage, as_rgb, open_image, orientation
+from .conventions import CONVENTIONS, likely_convention
 from .manifest import COLUMNS, labels_of, problem_table
 from .turned import given_upright
 
@@ -149,6 +151,17 @@ def _shared(df, test):
         for i in sorted(tested & set(part.image_id)):
             yield test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'
 
+# %% ../../nbs/0_ground/07_check.ipynb #e66278b4
+def _other_conventions(df):
+    "Faults of the splits whose boxes are, by their numbers, in another convention."
+    for s, part in df[(df.width > 0) & (df.boxes.map(len) > 0)].groupby('split', sort=False):
+        sizes = np.repeat(part[['width', 'height']].to_numpy(), part.boxes.map(len), 0)
+        found = likely_convention(np.concatenate(list(part.boxes)), sizes)
+        if found in ('pixels', None): continue
+        yield s, '', f'{s} boxes', (
+            f'{len(sizes)} boxes look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
+            f'wsol_data import --format wsol --boxes {found} converts them')
+
 # %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
 def _faults_of_rows(rows, told):
     "The faults of all rows; of one without a label nothing where `told` has it already."
@@ -191,6 +204,7 @@ def check_manifest(
     found += _new_classes(df, train)
     found += _repeated(df)
     found += _shared(df, test)
+    found += _other_conventions(df)
     of_images, notes = _faults_of_images(rows, exif, progress) if images else ([], [])
     problems = problem_table(found + of_images)
     problems.attrs['notes'] = notes

@@ -12,7 +12,7 @@ from hashlib import blake2b
 
 import pandas as pd
 
-from .layout import split_named
+from .levels import split_named
 from .manifest import labels_of
 
 # %% ../../nbs/0_ground/07a_doubts.ipynb #5ea7f0f3

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import expect
-from .layout import (check_beside, describe_left, faults_of, image_files,
+from .levels import (check_beside, describe_left, faults_of, image_files,
                                  read_layout)
 from .manifest import new_manifest
 

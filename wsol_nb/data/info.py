@@ -51,7 +51,8 @@ def _check_splits(info, labels, names):
 # %% ../../nbs/0_ground/13c_info.ipynb #ddc97b22
 def _classes(info, labels, names):
     "Ids and names of the training split's classes, where they are not given."
-    train = labels[info.manifest.split == info.roles.get('train', 'train')]
+    name = info.roles.get('train', 'train') # None: there is no training
+    train = labels if name is None else labels[info.manifest.split == name]
     if info.class_ids is None: info.class_ids = np.array(_all_classes(train))
     if info.class_names is None: info.class_names = [str(names.get(i, i)) for i in info.class_ids]
 

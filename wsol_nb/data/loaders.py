@@ -25,7 +25,7 @@ from .doubts import doubts
 from .formats import folder_manifest
 from .geometry import RECIPES
 from .idioms import class_map
-from .layout import tree
+from .levels import tree
 from .manifest import describe_problems
 from .metadata import read_metadata
 from .stores import MapStore
@@ -81,11 +81,14 @@ def _resize(resize, size, df, recipe):
 def _roles(df, train, valid, tune, test):
     "Which split trains, is chosen by (`valid`: classes, `tune`: truth), and tests."
     have = df.split.unique().tolist()
+    asked = {k: v for k, v in dict(train=train, valid=valid, tune=tune).items() if v}
+    scored = train == 'train' and train not in have and test in have # not to train on
+    if scored: del asked['train']
     valid = valid or ('valcl' if 'valcl' in have and 'val' not in have else 'val')
     tune = tune or ('valpx' if valid == 'valcl' and 'valpx' in have else valid)
     roles = dict(train=train, valid=valid, tune=tune, test=test)
     for role, name in roles.items():
-        if name in have or role == 'test': continue
+        if name in have or role == 'test' or scored and role not in asked: continue
         raise ValueError(f'{role}={name!r}: there is no such split, or it is empty; '
                          f'there are: {", ".join(have)}')
     return {role: name if name in have else None for role, name in roles.items()}
@@ -104,7 +107,7 @@ def _loaders(info, bs, num_workers, device, maps):
     if num_workers is None: num_workers = 0 if cpu else min(8, os.cpu_count() or 1)
     df, common = info.manifest, dict(bs=bs, num_workers=num_workers, device=device)
     train = WSOLDataset(df[df.split == info.roles['train']], info, train=True, maps=maps)
-    valid = WSOLDataset(df[df.split == info.roles['valid']], info)
+    valid = WSOLDataset(df[df.split == (info.roles['valid'] or info.roles['test'])], info)
     shuffled = WSOLDL(train, shuffle=True, drop_last=len(train) >= bs, **common)
     return shuffled, WSOLDL(valid, **common)
 

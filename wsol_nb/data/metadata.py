@@ -351,7 +351,7 @@ def read_metadata(
     # pixels by which a box may leave its image, to be cut at the border and noted;
     # None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
     reach:float=None,
-)->pd.DataFrame: # a manifest; `.attrs['notes']`: what was put right, `['negative']`: those classes
+)->pd.DataFrame: # a manifest; `.attrs`: `notes` on what was put right, `negative` classes, `names` of all
     "Read a dataset in the WSOL layout. Raises ValueError with every fault, by file and line."
     root = Path(root)
     splits_asked, splits = splits, _asked(root, dataset, splits)
@@ -366,6 +366,7 @@ def read_metadata(
     if not splits_asked: problems += _headless(root, dataset)
     if strict and problems:
         raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
-    df = new_manifest(rows, _class_names(rows, folders))
-    df.attrs.update(problems=problems, notes=notes, negative=sorted(negative))
+    names = _class_names(rows, folders)
+    df = new_manifest(rows, names)
+    df.attrs.update(problems=problems, notes=notes, negative=sorted(negative), names=names)
     return df

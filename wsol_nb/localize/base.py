@@ -172,6 +172,15 @@ def describe(self:Localizer, preset=None):
 @patch
 def __repr__(self:Localizer): return self.describe()
 
+@patch
+def n_classes(self:Localizer, x)->int: # x (1,3,H,W), an image to ask it about
+    "How many classes the model has; an error where `classes` names another number."
+    x = _for_model(x, self.model)
+    with model_intact(self.model), torch.no_grad(): n = self.ask(x).shape[1]
+    if self.classes is None: return n
+    expect(len(self.classes) == n, 'len(classes)', len(self.classes), f'{n}, as the model has')
+    return n
+
 # %% ../../nbs/1_evaluation/06_localizer.ipynb #23eacc23
 @patch
 def __enter__(self:Localizer): return self

@@ -46,6 +46,8 @@ class Mirrored(Localizer):
         return (maps + others)/(1 + len(self.flips))
 
     def compute(self, x, target, create_graph):
+        fits = x.ndim > 3 or len(self.flips) < 2
+        expect(fits, 'views', 1 + len(self.flips), '1 or 2: signals have no up and down')
         logits, maps = self.localizer.compute(x, target, create_graph)
         same = target.pinned(logits)
         def of_flipped(axes):

@@ -8,7 +8,7 @@ __all__ = ['listed', 'Hint', 'Door', 'NotFinite', 'note_finite', 'note_logits', 
 # %% ../../nbs/1_evaluation/05a_outputs.ipynb #1c73f9ea
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -107,14 +107,16 @@ class Door:
         mapping = forward_kwargs is None or isinstance(forward_kwargs, Mapping)
         expect(mapping, 'forward_kwargs', forward_kwargs, 'a dictionary or None', TypeError)
         self.output, self.forward_kwargs = output, dict(forward_kwargs or {})
-        self.ends_in = None # the softmax or sigmoid that was left out
+        self.ends_in, self.watching = None, True # the softmax left out; whether one is looked for
 
     def __call__(self, model, x): # (B,C) or (B,C,…)
         "The logits of a model, before its softmax."
-        with _LastSquash() as last: out = model(x, **self.forward_kwargs)
+        last = _LastSquash()
+        with last if self.watching else nullcontext(): out = model(x, **self.forward_kwargs)
         if self.output is not None: t = _asked(out, self.output)
         else: t = _obvious(out)
         squashed = t is not None and t is last.after and not callable(self.output)
+        self.watching = squashed # the next pass ends as this one does
         if not squashed: return _scores(t, out, len(x))
         if self.ends_in is None: _hint(model, last.name)
         self.ends_in = last.name

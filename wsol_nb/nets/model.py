@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..core import env_folder, expect
-from .bodies import REFERENCE, extra_layer, load_body, local_weights, make_body
+from .bodies import (
+    REFERENCE, extra_layer, load_body, load_state, local_weights, make_body, read_state)
 import timm
 
 # %% ../../nbs/2_training/02_model.ipynb #da4e8d8f
@@ -53,6 +54,7 @@ class Head(nn.Module):
 # %% ../../nbs/2_training/02_model.ipynb #779d8a31
 class WSOLModel(nn.Module):
     "A body and a head on images in [0,1]: `forward` gives logits, `forward_maps` also class maps."
+    class_names = None # of the C classes, where they are known
     def __init__(self, body:nn.Module, head:nn.Module,
                  mean=(.485, .456, .406), std=(.229, .224, .225), neck:nn.Module=None):
         super().__init__()
@@ -96,40 +98,104 @@ def _from_file(body, arch, file, n_classes, verbose):
     if verbose: print(said)
 
 # %% ../../nbs/2_training/02_model.ipynb #61959634
+def _no_weights(arch, e):
+    "Where weights were looked for in vain."
+    folder = env_folder('WSOL_WEIGHTS') or 'not set'
+    return (f'pretrained=True: no {arch}*.pth in WSOL_WEIGHTS ({folder}), '
+            f"and timm's hub gave none ({type(e).__name__})")
+
 def _from_hub(body, arch):
     "Load the weights of timm's hub into a body."
     try:
         name, bare = REFERENCE.get(arch, arch), dict(num_classes=0, global_pool='')
         theirs = timm.create_model(name, pretrained=True, **bare)
         body.load_state_dict(theirs.state_dict(), strict=False)
-    except Exception as e:
-        folder = env_folder('WSOL_WEIGHTS') or 'not set'
-        raise ValueError(f'pretrained=True: no {arch}*.pth in WSOL_WEIGHTS ({folder}), '
-                         f"and timm's hub gave none ({type(e).__name__})") from e
+    except Exception as e: raise ValueError(_no_weights(arch, e)) from e
+
+# %% ../../nbs/2_training/02_model.ipynb #f5a3f97f
+def _state_of(arch, pretrained):
+    "All weights of a ready net, and where they are from."
+    expect(pretrained, 'pretrained', pretrained, "weights whose classifier head='keep' can keep")
+    expect(arch not in REFERENCE, 'arch', arch, 'a net of timm; a reference net has no classifier')
+    file = _weights_file(arch, pretrained)
+    if file: return read_state(file), file.name
+    try: return timm.create_model(arch, pretrained=True).state_dict(), "timm's hub"
+    except Exception as e: raise ValueError(_no_weights(arch, e)) from e
+
+def _linear(net, x):
+    "Weight and bias of the classifier where it is one linear layer on averaged features, or None."
+    last = net.get_classifier()
+    if not isinstance(last, nn.Linear): return None
+    A = net.forward_features(x)
+    if A.ndim != 4 or A.shape[1] != last.in_features: return None
+    off = net.forward_head(A) - last(A.mean((2, 3)))
+    return (last.weight, last.bias) if off.abs().max() < 1e-3 else None
+
+# %% ../../nbs/2_training/02_model.ipynb #159e0b0c
+def _kept_head(arch, state, body):
+    "The classifier of a net's weights as a `Head`."
+    classifier = body.default_cfg['classifier']
+    n = len(state[f'{classifier}.weight'])
+    net = timm.create_model(arch, num_classes=n).eval()
+    try: net.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as e: raise ValueError(f'pretrained: {str(e)[:200]}') from None
+    with torch.no_grad(): found = _linear(net, torch.rand(1, 3, 128, 128))
+    if found is None:
+        raise ValueError(f"head='keep': the classifier of {arch} is not one linear layer on "
+                         'averaged features; GradCAM explains timm\'s own model')
+    head, (W, b) = Head(body.width, n), found
+    head.classifier.weight.data.copy_(W.detach()[..., None, None])
+    head.classifier.bias.data.copy_(torch.zeros(n) if b is None else b.detach())
+    return head
+
+# %% ../../nbs/2_training/02_model.ipynb #637d94cb
+def imagenet_names():
+    "The names of ImageNet's 1000 classes: synonyms, then the WordNet id, parted by commas."
+    info = timm.data.ImageNetInfo()
+    return [f'{info.index_to_description(i)}, {info.index_to_label_name(i)}' for i in range(1000)]
+
+def _assembled(arch, body, head, neck=None):
+    "Body and head in one model, with the body's normalisation."
+    cfg = timm.data.resolve_model_data_config(body)
+    model = WSOLModel(body, head, cfg['mean'], cfg['std'], neck)
+    model.arch, model.stride = arch, body.stride
+    # faster training of CNNs on CPU and GPU, see tools/bench.py
+    return model.to(memory_format=torch.channels_last)
+
+def _ready_model(arch, n_classes, pretrained, stride, verbose):
+    "The model of a ready net: body, head, and names where the classes are ImageNet's."
+    state, source = _state_of(arch, pretrained)
+    body = make_body(arch, stride)
+    load_state(body, state, source)
+    head = _kept_head(arch, state, body)
+    n = head.classifier.out_channels
+    expect(n_classes in (None, n), 'n_classes', n_classes, f'{n}, as {source} has, or None')
+    model = _assembled(arch, body, head)
+    if n == 1000 == body.default_cfg['num_classes']: model.class_names = imagenet_names()
+    if verbose: print(f'{arch}: body and head of {n} classes from {source}')
+    return model
 
 # %% ../../nbs/2_training/02_model.ipynb #8bb0b087
 def wsol_model(
     # a timm CNN, e.g. 'resnet50', 'mobilenetv2_100', or a reference net, e.g. 'wsol_vgg16'
     arch:str,
-    n_classes:int, # C
+    n_classes:int, # C; None: as many as the head that is kept
     pretrained=False, # False, True (WSOL_WEIGHTS, then timm's hub) or a state-dict file
     stride:int=None, # feature stride 8, 16 or 32; None: the architecture's own
-    # callable (in_features, n_classes) -> module with forward(features) -> (logits, maps)
+    # callable (in_features, n_classes) -> module with forward(features) -> (logits, maps);
+    # 'keep': the classifier of the weights, for a net that is to be scored, not trained
     head=Head,
     verbose:bool=True, # say which weights were loaded and what was left out
 )->WSOLModel:
     "A timm CNN as a localizable classifier."
+    if head == 'keep': return _ready_model(arch, n_classes, pretrained, stride, verbose)
     whole = isinstance(n_classes, int) and n_classes >= 1
     expect(whole, 'n_classes', n_classes, 'a whole number of at least 1')
     body, file = make_body(arch, stride), _weights_file(arch, pretrained)
     if file: _from_file(body, arch, file, n_classes, verbose)
     elif pretrained: _from_hub(body, arch)
-    cfg = timm.data.resolve_model_data_config(body)
     neck, width = extra_layer(arch)
-    model = WSOLModel(body, head(width or body.width, n_classes), cfg['mean'], cfg['std'], neck)
-    model.arch, model.stride = arch, body.stride
-    # faster training of CNNs on CPU and GPU, see tools/bench.py
-    return model.to(memory_format=torch.channels_last)
+    return _assembled(arch, body, head(width or body.width, n_classes), neck)
 
 # %% ../../nbs/2_training/02_model.ipynb #fcc655a9
 class _WithMaps(nn.Module):

@@ -15,9 +15,11 @@ import pandas as pd
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
+from ..devices import send
 from ..localize.base import BoxLocalizer, Localizer
 from ..localize.maps import check_preset, reference_score_map
 from ..processes import every, is_first, rank, world_size
+from .classes import check_classes
 from .report import Report, supervision_ledger
 from .scorer import Scorer
 
@@ -72,27 +74,28 @@ def gather_counts(
     return scorer, rows
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #f721624a
-_COLUMNS = ['row', 'true', 'pred', 'prob', 'correct', 'ious', 'f1_pos', 'f1_neg']
+_COLUMNS = ['row', 'true', 'pred', 'prob', 'correct', 'ious', 'f1_pos', 'f1_neg',
+            'empty_map']
 
 def _iou_at(ious, i):
     "The `i`th IoU of each image, NaN where it has no true box."
     return [np.nan if o is None else float(o[i]) for o in ious]
 
-def _per_image(rows, part, names, taus, at):
+def _per_image(rows, part, names, predicted, taus, at):
     "The per-image table, worst localized first."
     df = pd.DataFrame(rows, columns=_COLUMNS).sort_values('row', kind='stable')
     df.insert(0, 'image_id', part.df.image_id.to_numpy()[df.row])
-    for c in ('true', 'pred'): df[f'{c}_name'] = df[c].map(lambda i: names[i])
+    for c, of in (('true', names), ('pred', predicted)): df[f'{c}_name'] = df[c].map(of.__getitem__)
     nearest = 0 if at is None else int(np.argmin(abs(taus - at)))
     df['iou'] = _iou_at(df.pop('ious'), nearest)
     worst_first = 'iou' if df.iou.notna().any() else 'f1_pos'
     return df.sort_values(worst_first, kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #1c81917b
-def _found(localizer, b, pick):
+def _found(localizer, b, y, pick):
     "Raw maps (B,h,w) of the true classes of a batch, or boxes (B,4)."
     answer = localizer.boxes if isinstance(localizer, BoxLocalizer) else localizer.raw
-    raw = answer(b.x, b.y)
+    raw = answer(b.x, y)
     if raw.ndim == 4:
         n = raw.shape[1]
         if pick is None: raise ValueError(f'pick: the localizer gives {n} maps an image; '
@@ -102,10 +105,10 @@ def _found(localizer, b, pick):
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #f4b868c9
 def _classes(logits, y):
-    "Top class's probability (B,), that class (B,), which of the top 5 is true (B,5), y (B,)."
+    "Top class's probability (B,), that class (B,), which of the top 5 is true (B,5)."
     prob = logits.softmax(1).max(1).values.cpu()
     top = logits.topk(min(5, logits.shape[1]), 1).indices
-    return prob, top[:, 0].cpu(), (top == y[:, None]).cpu().numpy(), y.cpu()
+    return prob, top[:, 0].cpu(), (top == y[:, None]).cpu().numpy()
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #50d570a4
 def _look(i, found, b, part, scorer, preset):
@@ -124,15 +127,16 @@ def _count(i, seen, b, part, scorer, classes):
     f1 = scorer.count(seen, part.df.image_id[row], y, hit)
     ious = seen['boxes'].single.astype(np.float16) if 'boxes' in seen else None
     own = row, y, int(top[i]), float(prob[i]), bool(hit[0])
-    return *own, ious, f1.get('f1_pos'), f1.get('f1_neg')
+    return *own, ious, f1.get('f1_pos'), f1.get('f1_neg'), bool(seen['empty'])
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #4e969e07
-def _measure(localizer, part, batches, scorer, preset, pick, pool):
+def _measure(localizer, part, batches, scorer, preset, pick, pool, known):
     "Score every image of a part; returns the per-image rows."
     rows = []
     for b in batches:
-        found = _found(localizer, b, pick)
-        classes = _classes(localizer.logits, b.y)
+        y = known.of(b.y)
+        found = _found(localizer, b, y, pick)
+        classes = *_classes(localizer.logits, y), b.y.cpu()
         def look(i): return _look(i, found, b, part, scorer, preset)
         for i, seen in enumerate(pool.map(look, range(len(found)))):
             rows.append(_count(i, seen, b, part, scorer, classes))
@@ -146,6 +150,7 @@ def _carried(localizer, dls, part, tau_from, preset, common):
     if tau_from is None: return None
     if isinstance(tau_from, Report):
         return (tau_from.protocol['split'], tau_from.taus) if tau_from.taus else None
+    if getattr(dls.info, 'roles', {}).get(tau_from, tau_from) is None: return None # not there
     other = dls.localizable(tau_from)
     if other.split == part.split or not _comparable(other, part): return None
     report = evaluate(localizer, dls, tau_from, preset, tau_from=None, bootstrap=0, **common)
@@ -158,11 +163,17 @@ def _own_batches(part, progress):
     if not progress or not is_first(): return own, own
     return own, progress_bar(own, total=-(-len(own)//own.bs), leave=False)
 
+def _first(part):
+    "The first image of a split, as a batch."
+    return send(part.dataset[0][0][None], part.device)
+
 # %% ../../nbs/1_evaluation/10_loop.ipynb #7f5b32c8
-def _protocol(localizer, dls, part, preset):
+def _protocol(localizer, dls, part, preset, known):
     "What a reader must know to get the same figures."
-    source = dls.info.source
-    return dict(dataset=source.get('dataset', source.get('root', 'manifest')), split=part.split,
+    source, C = dls.info.source, len(known.names)
+    other = {} if known.same else dict(classes=known.positions, n_classes=C)
+    name = source.get('dataset', source.get('root', 'manifest'))
+    return other | dict(dataset=name, split=part.split,
         localizer=localizer.describe(preset), target='true class', preset=preset, size=part.size,
         processes=world_size())
 
@@ -171,13 +182,15 @@ def _skipped(dls, part):
     return 0 if dls.skipped is None else int((dls.skipped.split == part.split).sum())
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #73eba841
-def _full_report(scorer, rows, dls, part, protocol, carried):
+def _full_report(scorer, rows, dls, part, protocol, carried, known):
     "The report with its table of images; among five classes or fewer, all are in the top 5."
     report = make_report(scorer, protocol, dict(skipped_images=_skipped(dls, part)), carried)
-    if dls.c <= 5: report.accuracy['top5'] = None
+    if len(known.names) <= 5: report.accuracy['top5'] = None
     at = report.boxes['coverage']['tau'] if report.boxes else None
     taus = scorer.accs['boxes'].taus if report.boxes else None
-    report.images = _per_image(rows, part, dls.vocab, taus, at)
+    report.images = _per_image(rows, part, dls.vocab, known.names, taus, at)
+    empty = report.images.image_id[report.images.empty_map].tolist()
+    if empty: report.counts['images_with_an_empty_map'] = empty
     return report
 
 # %% ../../nbs/1_evaluation/10_loop.ipynb #fd77153a
@@ -190,6 +203,7 @@ def evaluate(
     # the split (or role, or its `Report`) whose τs are carried over to this one; None: no
     tau_from='tune',
     pick:int=None, # which map, of a localizer that gives several an image
+    classes=None, # which of the model's classes the data's are, see `class_positions`
     bootstrap:int=200, # replicates for 95 % intervals; 0: none
     progress:bool=True, # show a bar
     n_threads:int=2, # that measure maps
@@ -200,16 +214,17 @@ def evaluate(
     if dls.info.multi_label:
         raise ValueError(f'split={split!r}: its images have several classes; '
             'only single-label localization can be scored')
+    known = check_classes(localizer, dls, _first(part), classes)
     preset, carried = check_preset(preset or localizer.preset), None
     if part.n_boxed or part.n_masked:
-        common = dict(progress=progress, n_threads=n_threads, pick=pick, **kwargs)
+        common = kwargs | dict(progress=progress, n_threads=n_threads, pick=pick, classes=classes)
         carried = _carried(localizer, dls, part, tau_from, preset, common)
     scorer = Scorer(part.size, part.n_boxed > 0, part.n_masked > 0, bootstrap=bootstrap, **kwargs)
     own, batches = _own_batches(part, progress)
     with ThreadPoolExecutor(n_threads) as pool:
-        rows = _measure(localizer, own, batches, scorer, preset, pick, pool)
+        rows = _measure(localizer, own, batches, scorer, preset, pick, pool, known)
     scorer, rows = gather_counts(scorer, rows, len(part))
-    protocol = _protocol(localizer, dls, part, preset)
-    report = _full_report(scorer, rows, dls, part, protocol, carried)
+    protocol = _protocol(localizer, dls, part, preset, known)
+    report = _full_report(scorer, rows, dls, part, protocol, carried, known)
     report.seconds = time.time() - start
     return report

@@ -149,9 +149,11 @@ def _rows(report):
     return rows
 
 # %% ../../nbs/1_evaluation/09_report.ipynb #0ffcb148
+def _some(v): # a number, or names
+    return v if not isinstance(v, list) else ', '.join(v[:5]) + ', …'*(len(v) > 5)
 def _note(report):
     "What was left out, and what a τ of the table is."
-    lines = [f"{k.replace('_', ' ')}: {v}" for k, v in report.counts.items() if v]
+    lines = [f"{k.replace('_', ' ')}: {_some(v)}" for k, v in report.counts.items() if v]
     if report.boxes or report.pixels:
         return [*lines, 'each τ is the best one for these images and their truth (oracle), '
             'but those of CorLoc, F1 and τ=.5; the ledger has the others']

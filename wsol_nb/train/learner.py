@@ -65,6 +65,12 @@ def accuracy(
     "Share of right top-1 classes, 0 to 1."
     return (logits.argmax(1) == y).float().mean()
 
+# %% ../../nbs/2_training/07_learner.ipynb #8664aa67
+def _check_trains(dls):
+    "Refuse data that are only there to be scored."
+    there = dls.info.roles.get('train', 'train') is not None
+    expect(there, 'dls.splits', dls.splits, 'a split to train on, named by train=')
+
 # %% ../../nbs/2_training/07_learner.ipynb #30246dcd
 def _check_method(method, dls):
     "Refuse what is no method, or one for other labels than the data have."
@@ -125,6 +131,7 @@ def wsol_learner(
 )->WSOLLearner:
     "A fastai Learner for a weakly-supervised method."
     method = method or GAP()
+    _check_trains(dls)
     _check_method(method, dls)
     config, first = method_to_dict(method), method.first_stage()
     if first: arch, stride, pretrained = _of_first_stage(first, dls, arch, stride, pretrained)
@@ -133,6 +140,7 @@ def wsol_learner(
     set_seed(dls.info.seed)
     if torch.device(dls.device).type == 'cpu': keep_memory()
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)
+    model.class_names = list(dls.vocab)
     learn = WSOLLearner(
         dls, model, loss_func=method.loss(), opt_func=opt_func, lr=lr, wd=wd,
         splitter=method.param_groups, metrics=_metrics(dls, metrics),

@@ -147,4 +147,5 @@ def load_run(
     model = method.model(config['arch'], n_classes, **net)
     with named_damage(file, 'select-*.safetensors beside it may be whole (select=)'):
         model.load_state_dict(load_file(file))
+    model.class_names = config['class_names']
     return Run(path, config, model.to(device).eval(), method)
