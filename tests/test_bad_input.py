@@ -9,7 +9,7 @@ import torch
 from helpers import raises
 from PIL import Image
 
-from wsol_nb.core import BadImage, read_image
+from wsol_nb.images import BadImage, read_image
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.data.stores import MapStore
 from wsol_nb.data.check import check_manifest
@@ -178,7 +178,7 @@ def test_folder(tmp_path):
 def test_images(tmp_path):
     (tmp_path/'text.jpg').write_text('no picture')
     raises('text.jpg: cannot be read as an image', read_image, tmp_path/'text.jpg', error=BadImage)
-    raises('no such image file', read_image, tmp_path/'none.jpg', error=BadImage)
+    raises('no such file', read_image, tmp_path/'none.jpg', error=BadImage)
 
 
 def test_world():

@@ -115,7 +115,7 @@ def test_localize_a_folder_with_bad_photographs(run, world, tmp_path):
     (album/'torn.jpg').write_bytes(b'not a picture')
     (tmp_path/'mine-overlay.jpg').write_text('mine')
     said = wsol('localize', run, album, tmp_path/'nowhere.jpg', '--out', tmp_path/'out', code=1)
-    assert 'torn.jpg: cannot be read as an image' in said and 'nowhere.jpg: no such image file' in said
+    assert 'torn.jpg: cannot be read as an image' in said and 'nowhere.jpg: no such file' in said
     assert '2 of 18 photos were skipped' in said
     assert len(pd.read_csv(tmp_path/'out/boxes.csv')) == len([*(tmp_path/'out').glob('*.jpg')]) == 16
     Image.new('RGB', (9, 9)).save(tmp_path/'mine.png')

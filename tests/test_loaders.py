@@ -10,7 +10,7 @@ import torch
 from helpers import raises, same, same_state
 from PIL import Image
 
-from wsol_nb.core import BadImage, read_image
+from wsol_nb.images import BadImage, read_image
 from wsol_nb.data.batches import ByteBatch, MakeFloats, recolour
 from wsol_nb.data.dataset import DataInfo, WSOLDataset
 from wsol_nb.data.geometry import RECIPES, Geometry, apply_geometry, draw_colours, jitter_colours, to_tensor
@@ -124,7 +124,7 @@ def test_other_files_and_bad_ones(tmp_path):
     for name, data in {'cut.jpg': whole[:len(whole)//2], 'text.jpg': b'hello', 'empty.jpg': b''}.items():
         (tmp_path/name).write_bytes(data)
         raises(f'{name}: cannot be read', decode_small, tmp_path/name, (20, 20), error=BadImage)
-    raises('gone.jpg: no such image file', decode_small, tmp_path/'gone.jpg', (20, 20), error=BadImage)
+    raises('gone.jpg: no such file', decode_small, tmp_path/'gone.jpg', (20, 20), error=BadImage)
 
 
 @pytest.mark.parametrize('wh', [(64, 64), (100, 75), (301, 200), (40, 50)])

@@ -25,7 +25,8 @@ import numba
 import numpy as np
 import torch
 
-from wsol_nb.core import env_folder, read_image # first: lets timm be imported beside a CUDA torchvision
+from wsol_nb.core import env_folder # first: lets timm be imported beside a CUDA torchvision
+from wsol_nb.images import read_image
 from wsol_nb.cam.gradient import localize_all
 from wsol_nb.cam.score import AblationCAM, ScoreCAM
 from wsol_nb.data.metadata import read_metadata

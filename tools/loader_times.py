@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from wsol_nb.core import keep_memory, read_image  # first: torchvision may be of another build than torch
+from wsol_nb.core import keep_memory  # first: torchvision may be of another build than torch
+from wsol_nb.images import read_image
 from wsol_nb.data.batches import ByteBatch, Item
 from wsol_nb.data.geometry import apply_geometry, draw_geometry, to_bytes, to_float
 from wsol_nb.data.loaders import WSOLDataLoaders

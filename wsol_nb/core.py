@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'PIXELS', 'expect', 'check_positive', 'set_seed', 'notebook_defaults', 'assert_same', 'plain_tensor',
-           'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'BadImage', 'read_image', 'env_folder',
-           'whole_file', 'named_damage', 'keep_memory']
+           'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'env_folder', 'whole_file', 'named_damage',
+           'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
 import ctypes, importlib.util, math, os, random, re, sys, uuid
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 # %% ../nbs/0_ground/00_core.ipynb #c2e9dd6e
 def expect(
@@ -169,42 +168,6 @@ def check_boxes(
                          f'its image of {size[0]}x{size[1]} pixels')
     return boxes.astype(np.int64)
 
-# %% ../nbs/0_ground/00_core.ipynb #ccb9a8f6
-def _to_8_bits(img):
-    "A grey image of whole or floating numbers up to 255, or else 65535, with 8 bits a pixel."
-    grey = np.asarray(img, dtype=np.float32)
-    top = 255 if grey.max(initial=0) <= 255 else 65535
-    return Image.fromarray((grey.clip(0, top)*(255/top)).astype(np.uint8))
-
-def _on_white(img):
-    "A transparent image laid on white."
-    img = img.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img)
-
-# %% ../nbs/0_ground/00_core.ipynb #59b1cdf4
-class BadImage(ValueError):
-    "An image file that is missing, truncated or not an image; the message names it."
-
-_UNREADABLE = OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError
-
-def _as_rgb(img):
-    "A PIL image of any mode as RGB."
-    if img.mode in ('I', 'I;16', 'I;16B', 'F'): img = _to_8_bits(img)
-    clear = img.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in img.info
-    return (_on_white(img) if clear else img).convert('RGB')
-
-def read_image(
-    path, # an image file
-    exif:bool=False, # turn the picture as its EXIF orientation says
-)->Image.Image: # RGB
-    "Any image file as an RGB PIL image, or `BadImage` with the file's name and what is wrong."
-    try:
-        with Image.open(path) as img:
-            return _as_rgb(ImageOps.exif_transpose(img) if exif else img)
-    except FileNotFoundError: raise BadImage(f'{path}: no such image file') from None
-    except _UNREADABLE as e:
-        raise BadImage(f'{path}: cannot be read as an image ({type(e).__name__}: {e})') from None
-
 # %% ../nbs/0_ground/00_core.ipynb #6bb72262
 def env_folder(
     name:str, # 'WSOL_DATA' or 'WSOL_WEIGHTS'
@@ -258,7 +221,7 @@ def named_damage(
         why = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "it is cut"}'
         raise ValueError(f'{path}: is damaged ({why[:200]})' + f'; {hope}'*bool(hope)) from e
 
-# %% ../nbs/0_ground/00_core.ipynb #e8b162e1
+# %% ../nbs/0_ground/00_core.ipynb #0060b9d7
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
 def keep_memory()->bool: # whether there was anything to set

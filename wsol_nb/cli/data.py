@@ -9,6 +9,7 @@ __all__ = ['wsol_data']
 from .command import command
 from .exchange import export_data, import_data
 from .train import data_source
+from ..data.levels import class_counts
 from ..registry import entries, find
 
 # %% ../../nbs/9_tools/05_data.ipynb #6bb72181
@@ -25,9 +26,10 @@ def _counts(part):
     return counts
 
 def _summary(df):
-    "A line a split: images, classes, boxes, masks; shots and videos where there are."
-    for split, part in df.groupby('split', sort=False):
-        yield f'{split:>8}: ' + ', '.join(f'{n} {what}' for what, n in _counts(part).items())
+    "A line a split: images, boxes, masks, shots and videos where there are, and its classes."
+    for (split, part), classes in zip(df.groupby('split', sort=False), class_counts(df)):
+        counts = ', '.join(f'{n} {what}' for what, n in _counts(part).items())
+        yield f'{split:>8}: {counts}; {classes}'
 
 # %% ../../nbs/9_tools/05_data.ipynb #6bfcfcf4
 def _synth(root, world, seed, overwrite, counts):
@@ -48,13 +50,13 @@ def _class_ids(text):
     except ValueError:
         raise ValueError(f'negative={text!r}: expected class ids, e.g. 0 or 0,3') from None
 
-def _manifest(root, dataset, negative, reach):
+def _manifest(root, dataset, negative, reach, division=None):
     "The manifest of a dataset as it is, with what is wrong left in."
     from wsol_nb.data.formats import folder_manifest
     from wsol_nb.data.metadata import read_metadata
     source = data_source(root, dataset)
     if negative is not None: negative = _class_ids(negative)
-    if source['kind'] == 'folder': return folder_manifest(root)
+    if source['kind'] == 'folder': return folder_manifest(root, **division or {})
     return read_metadata(root, source['dataset'], strict=False, negative=negative, reach=reach)
 
 # %% ../../nbs/9_tools/05_data.ipynb #44fbbd51
@@ -70,14 +72,33 @@ def _two_places(command, root, out, how):
     names = 'format', 'dataset', 'boxes', 'masks', 'maps', 'tau', 'overwrite'
     return export_data(root, out, **{k: how[k] for k in names})
 
-def _said(problems):
-    "Print a table of problems."
+# %% ../../nbs/9_tools/05_data.ipynb #7fe3466c
+def _counted(n, what): return f'{n} {what}{"s" if n != 1 else ""}'
+
+def _check(df, images, exif, left_out):
+    "Print all that is wrong with a dataset, or odd; the problems."
+    from wsol_nb.data.check import check_manifest
+    from wsol_nb.data.doubts import doubts
+    problems = check_manifest(df, images=images, exif=exif, progress=len(df) > 500)
+    for note in problems.attrs['notes']: print(f'note: {note}')
+    odd = doubts(df, images)
+    for doubt in odd: print(f'warning: {doubt}')
     for p in problems.itertuples(): print(f'{p.where}: {p.problem}')
     n = len(problems)
-    print(f'{n} problem{"s" if n != 1 else ""}' if n else 'no problem found')
+    print((_counted(n, 'problem') if n else 'no problem found')
+          + f', {_counted(len(odd), "warning")}'*bool(odd))
+    if left_out: _write_left_out(df, problems, left_out)
     return problems
 
-# %% ../../nbs/9_tools/05_data.ipynb #7fe3466c
+def _write_left_out(df, problems, file):
+    "The images that have a problem, as a table with the reason."
+    from wsol_nb.core import whole_file
+    from wsol_nb.data.check import drop_bad
+    dropped = drop_bad(df, problems)[1][['split', 'image_id', 'path', 'problem']]
+    with whole_file(file) as part: dropped.to_csv(part, index=False)
+    print(f'{_counted(len(dropped), "image")} of {len(df)} would be left out: {file}')
+
+# %% ../../nbs/9_tools/05_data.ipynb #1a437051
 @command(place=('out',), failed=lambda found: 'problem' in found and len(found),
          examples=('wsol_data synth data --n-train 64 --n-val 16 --n-test 16',
                    'wsol_data export data coco --format coco', 'wsol_data import coco again',
@@ -98,6 +119,9 @@ def wsol_data(
     negative:str=None,
     # check: pixels by which a box may leave its image, to be cut; default: the dataset's own
     reach:float=None,
+    exif:bool=False, # check: pictures will be turned as EXIF flags say, as wsol_train --exif does
+    split_list:str=None, # check a plain folder: a file of lines path,split
+    left_out:str=None, # check: a CSV file for the images that have a problem
     format:str=None, # voc, coco, yolo, csv or labelstudio; import: wsol too, or told by itself
     name:str=None, # import: of the dataset; default: the source's
     # import, export: what the boxes are: pixels, edges, one-based, xywh, fractions or centre
@@ -112,14 +136,12 @@ def wsol_data(
     "`wsol_data import SOURCE OUT` makes a dataset of annotations, and " \
     "`wsol_data export FOLDER OUT --format coco` annotations of a dataset or of score maps."
     from wsol_nb.core import expect
-    from wsol_nb.data.check import check_manifest
     how = dict(locals())
     expect(command in _COMMANDS, 'command', command, ', '.join(_COMMANDS))
     if command in ('import', 'export'): return _two_places(command, root, out, how)
     counts = dict(n_train=n_train, n_val=n_val, n_test=n_test)
     if command == 'synth': df = _synth(root, world, seed, overwrite, counts)
-    else: df = _manifest(root, dataset, negative, reach)
+    else: df = _manifest(root, dataset, negative, reach, dict(split_list=split_list))
     print('\n'.join(_summary(df)))
     for note in df.attrs.get('notes', []): print(f'note: {note}')
-    if command == 'synth': return df
-    return _said(check_manifest(df, images=images, progress=len(df) > 500))
+    return df if command == 'synth' else _check(df, images, exif, left_out)

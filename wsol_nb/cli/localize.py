@@ -56,7 +56,7 @@ def localize_photo(
 )->dict:
     "Class, probability and tight box of a photo, in its own pixels."
     import numpy as np
-    from wsol_nb.core import read_image
+    from wsol_nb.images import read_image
     from wsol_nb.metrics.contours import map_boxes
     tau, source = _threshold(run.config, tau)
     img = read_image(photo, exif=True)
@@ -69,7 +69,7 @@ def localize_photo(
 # %% ../../nbs/9_tools/04_localize.ipynb #fa7c8720
 def _files_of(name):
     "The files that a name stands for."
-    from wsol_nb.data.formats import SUFFIXES
+    from wsol_nb.data.manifest import SUFFIXES
     place = Path(name)
     if place.is_dir(): return [f for f in place.rglob('*') if f.suffix.lower() in SUFFIXES]
     if place.exists() or not glob.has_magic(str(name)): return [place]
@@ -128,7 +128,7 @@ def _write_overlay(f):
 
 def _one(run, photo, tau, file):
     "What was found in a photo, or what is wrong with it."
-    from wsol_nb.core import BadImage
+    from wsol_nb.images import BadImage
     try: f = localize_photo(run, photo, tau) | dict(overlay=str(file))
     except BadImage as e: return dict(photo=str(photo), problem=str(e))
     _write_overlay(f)

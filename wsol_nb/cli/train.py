@@ -52,8 +52,18 @@ def data_source(data, dataset):
         raise ValueError(f'dataset: {root} has {", ".join(known)}; name one with --dataset')
     return dict(kind='metadata', root=str(root.resolve()), dataset=dataset or next(iter(known)))
 
+# %% ../../nbs/9_tools/02_train.ipynb #1ba5cc82
+def _division(kind, said):
+    "How a plain folder is divided, from options that were given."
+    said = {k: v for k, v in said.items() if v is not None}
+    if said and kind != 'folder':
+        raise ValueError(f'{", ".join(said)}: the splits of this dataset stand in its metadata; '
+                         'a division is for a plain folder')
+    if 'split_list' in said: said['split_list'] = str(Path(said['split_list']).resolve())
+    return said
+
 # %% ../../nbs/9_tools/02_train.ipynb #f1ec0edc
-def _data(data, dataset, recipe, first, **given):
+def _data(data, dataset, recipe, first, division=None, **given):
     "The `data` entry: what the user named, else that of the first stage."
     own = first and not (data or dataset)
     kept = dict(first.config['data']) if own else data_source(data, dataset)
@@ -61,7 +71,7 @@ def _data(data, dataset, recipe, first, **given):
     given['size'] = given['size'] or (first.config['data']['size'] if first else 224)
     if given['resize'] == 'size': given['resize'] = given['size']
     if recipe: kept['recipe'] = recipe
-    return kept | given
+    return kept | given | (_division(kept['kind'], division) if division else {})
 
 # %% ../../nbs/9_tools/02_train.ipynb #a67fa4a5
 _YES_NO = {'true': True, 'yes': True, 'false': False, 'no': False}
@@ -92,7 +102,8 @@ def _to_resume(out, given):
     config = read_config(out)
     name = config['method']['name'].lower()
     has = config | config['data'] | config['train'] | dict(method=name)
-    usual = dict(method='gap', select='last', seed=42)
+    if 'split_seed' in has: has['seed_split'] = has['split_seed']
+    usual = dict(method='gap', select='last', seed=42, check=True, skip_bad=False, exif=False)
     asked = {k: v for k, v in given.items() if k in has and v not in (None, usual.get(k))}
     differ = [f'{k} is {has[k]!r} there, {v!r} was typed' for k, v in asked.items()
               if not isinstance(has[k], dict) and str(v).lower() != str(has[k]).lower()]
@@ -106,7 +117,10 @@ def _new_config(method, given):
     from wsol_nb.train.method import method_to_dict
     first, s = method.first_stage(), _settings(method, given)
     sizes = {k: s[k] for k in ('size', 'resize', 'seed', 'bs', 'fast')}
-    data = _data(s['data'], s['dataset'], s['recipe'], first, **sizes)
+    division = {k: s[k] for k in ('valid_pct', 'test_pct', 'split_list')}
+    division['split_seed'] = s['seed_split']
+    data = _data(s['data'], s['dataset'], s['recipe'], first, division, **sizes)
+    if s['exif'] and data['kind'] == 'metadata': data['exif'] = True
     data['roles'] = dict(train='train', valid=s['valid'], tune=s['tune'], test='test')
     how = ('epochs', 'opt', 'lr', 'lr_head', 'wd', 'select', 'check', 'skip_bad', 'workers')
     return dict(schema=1, arch=s['arch'], stride=s['stride'] or None, pretrained=s['pretrained'],
@@ -201,6 +215,11 @@ def wsol_train(
     size:int=None,
     resize:int=None, # side before the training crop
     recipe:str=None, # how images are cropped and jittered: photo (default) or histology
+    # of a plain folder: share of each class that becomes val, where it has none; default .2
+    valid_pct:float=None,
+    test_pct:float=None, # likewise test; default 0
+    seed_split:int=None, # of that division; default 42
+    split_list:str=None, # a file of lines path,split, which then decides
     valid:str=None, # split that selects by class; default: val, else valcl
     # split that selects and tunes τ by truth; default: valpx beside valcl, else as valid
     tune:str=None,
@@ -209,6 +228,9 @@ def wsol_train(
     workers:int=None, # loader processes; default 0 on a CPU
     # true: decode training images no larger than needed; false: in full; default true on a GPU
     fast:str=None,
+    # turn pictures as their EXIF flags say, and boxes of their stored form with them;
+    # a plain folder's are in any case
+    exif:bool=False,
     skip_bad:bool=False, # leave bad images out, and say so
     check:bool=True, # decode every image first
     resume:bool=False, # go on with the run in --out

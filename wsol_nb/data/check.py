@@ -6,16 +6,18 @@
 __all__ = ['check_manifest', 'drop_bad']
 
 # %% ../../nbs/0_ground/07_check.ipynb #5e82dc53
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
-from PIL import Image
 
-from ..core import BadImage
+from ..images import BadImage, as_rgb, open_image, orientation
 from .conventions import CONVENTIONS, likely_convention
 from .manifest import COLUMNS, labels_of, problem_table
+from .turned import given_upright
 
 # %% ../../nbs/0_ground/07_check.ipynb #6b7edb75
 def _check_box(b, r):
@@ -35,30 +37,19 @@ def _check_row(r):
     if not r.width: yield 'has boxes, but the size of the original image is not known'
 
 # %% ../../nbs/0_ground/07_check.ipynb #ffe0247c
-_ORIENTATION = 0x0112 # the EXIF flag; above 4, the picture lies on its side
-
-def _opened(file, look):
-    "What `look(img)` gives of an image file; `BadImage` where it cannot be read."
-    try:
-        with Image.open(file) as img: return look(img)
-    except FileNotFoundError: raise BadImage(f'{file}: no such file') from None
-    except Exception as e:
-        what = f'cannot be read as an image ({type(e).__name__}: {e})'
-        raise BadImage(f'{file}: {what}') from None
-
-# %% ../../nbs/0_ground/07_check.ipynb #8a0f99e2
-def _size(img):
+def _size(file):
     "The size of an image that can be decoded."
-    size = img.size
-    img.load()
-    return size
+    with open_image(file) as img:
+        img.load()
+        return img.size
 
-def _size_and_turn(img):
-    "The size of an image that can be decoded, and whether it is turned by EXIF."
-    size, turned = img.size, img.getexif().get(_ORIENTATION, 1) > 4
-    img.draft('RGB', (64, 64))
-    img.load()
-    return size, turned
+def _size_and_flag(file):
+    "The size of an image whose pixels can be read as colours, and its EXIF flag."
+    with open_image(file) as img:
+        size, flag = img.size, orientation(img)
+        img.draft('RGB', (64, 64))
+        as_rgb(img)
+        return size, flag
 
 # %% ../../nbs/0_ground/07_check.ipynb #b9245c6d
 def _other_shape(r, stored):
@@ -67,27 +58,70 @@ def _other_shape(r, stored):
 
 def _check_mask(file, stored):
     "What is wrong with a mask of an image of `stored` size, or None."
-    size = _opened(file, _size)
+    size = _size(file)
     if size == stored: return None
     return (f'mask {file} has {size[0]}x{size[1]} pixels, '
             f'the stored image {stored[0]}x{stored[1]}')
 
 # %% ../../nbs/0_ground/07_check.ipynb #f84e1450
-def _faults_of_files(r):
-    files = [f for f in (*r.mask, r.ignore) if f]
-    stored, turned = _opened(r.path, _size_and_turn)
-    if _other_shape(r, stored):
-        yield (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
-               f'of {stored[0]}x{stored[1]} has another shape')
-    if turned and (len(r.boxes) or files):
-        yield ('is turned by an EXIF flag, which is ignored: '
-               'boxes and masks refer to the pixels as stored')
-    yield from filter(None, (_check_mask(f, stored) for f in files))
+def _shape_fault(r, stored):
+    "What is wrong with a row's size beside that of its file."
+    return (f'is {r.width}x{r.height} by image_sizes.txt, but the stored image '
+            f'of {stored[0]}x{stored[1]} has another shape')
 
-def _check_files(r):
-    "The faults of a row's image and masks, up to the first file that cannot be read."
-    try: yield from _faults_of_files(r)
-    except BadImage as e: yield str(e)
+def _turn_fault(r, stored, flag):
+    "What is wrong where an EXIF flag is ignored."
+    turns = f'exif=True (--exif) turns it as its EXIF flag {flag} says'
+    if given_upright(r, stored, flag): return f'{_shape_fault(r, stored)}; {turns}'
+    return (f'is turned by an EXIF flag ({flag}), which is ignored: boxes and masks refer '
+            'to the pixels as stored; exif=True (--exif) turns picture and boxes')
+
+def _faults_of_files(r, look, exif):
+    files = [f for f in (*r.mask, r.ignore) if f]
+    look.stored, flag = _size_and_flag(r.path)
+    upright = given_upright(r, look.stored, flag)
+    if _other_shape(r, look.stored) and not upright: look.shape = _shape_fault(r, look.stored)
+    elif flag > 1 and not exif and (len(r.boxes) or files):
+        yield _turn_fault(r, look.stored, flag)
+    shown = look.stored[::-1] if exif and flag > 4 else look.stored
+    yield from filter(None, (_check_mask(f, shown) for f in files))
+
+# %% ../../nbs/0_ground/07_check.ipynb #702fe671
+@dataclass
+class _Look:
+    "What the files of a row show."
+    stored: tuple = None # (W,H) of its image
+    shape: str = None # the fault that this is another shape than the row's
+    faults: tuple = () # all others, up to the first file that cannot be read
+
+def _check_files(r, exif=False):
+    "What the files of a row show."
+    look, faults = _Look(), []
+    try:
+        for fault in _faults_of_files(r, look, exif): faults.append(fault)
+    except BadImage as e: faults.append(str(e))
+    look.faults = tuple(faults)
+    return look
+
+# %% ../../nbs/0_ground/07_check.ipynb #bce6b7a5
+def _shapes(rows):
+    "How many shapes the originals have, to a tenth."
+    return len({round(r.width/r.height, 1) for r in rows if r.width and r.height})
+
+def _common_size(rows, looks):
+    "The (W,H) to which most images were resized without regard to their shape, or None."
+    sizes = Counter(look.stored for look in looks if look.stored)
+    if not sizes: return None
+    size, n = sizes.most_common(1)[0]
+    squashed = sum(look.shape is not None for look in looks if look.stored == size)
+    meant = size[0] == size[1] or _shapes(rows) > 2
+    return size if n > len(looks)/2 and squashed > n/2 and meant else None
+
+def _note_of_size(looks, size):
+    "Says once that images were resized."
+    n = sum(look.stored == size for look in looks)
+    return (f'{n} of {len(looks)} images are stored as {size[0]}x{size[1]}, whatever the shape '
+            'of the original; the loader resizes to a square as well')
 
 # %% ../../nbs/0_ground/07_check.ipynb #a66cd3e8
 def _of(r, what): return r.split, r.image_id, f'{r.split} {r.image_id}', what
@@ -97,9 +131,12 @@ def _new_classes(df, train):
     labels = labels_of(df)
     classes = {l for ls in labels[df.split == train] for l in ls}
     if not classes: return
+    names = df.drop_duplicates('label').set_index('label').class_name
     for s, part in labels[df.label >= 0].groupby(df.split, sort=False):
         new = sorted({l for ls in part for l in ls} - classes)
-        if new: yield s, '', f'{s} class_labels', f'classes {new[:5]} are not in {train!r}'
+        if not new: continue
+        called = ', '.join(str(names.get(l, l)) for l in new[:5])
+        yield s, '', f'{s} class_labels', f'classes {new[:5]} ({called}) are not in {train!r}'
 
 # %% ../../nbs/0_ground/07_check.ipynb #0cd3142f
 def _repeated(df):
@@ -114,17 +151,16 @@ def _shared(df, test):
         for i in sorted(tested & set(part.image_id)):
             yield test, i, f'{test} {i}', f'is in {s!r} too: the test would not be honest'
 
-# %% ../../nbs/0_ground/07_check.ipynb #5855d3a9
+# %% ../../nbs/0_ground/07_check.ipynb #e66278b4
 def _other_conventions(df):
-    "A fault of the dataset whose boxes are, by their numbers, in another convention."
-    boxed = df[(df.width > 0) & (df.boxes.map(len) > 0)]
-    if not len(boxed): return
-    sizes = np.repeat(boxed[['width', 'height']].to_numpy(), boxed.boxes.map(len), 0)
-    found = likely_convention(np.concatenate(list(boxed.boxes)), sizes)
-    if found in ('pixels', None): return
-    yield boxed.split.iloc[0], '', 'boxes', (
-        f'all {len(sizes)} look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
-        f'wsol_data import --format wsol --boxes {found} converts them')
+    "Faults of the splits whose boxes are, by their numbers, in another convention."
+    for s, part in df[(df.width > 0) & (df.boxes.map(len) > 0)].groupby('split', sort=False):
+        sizes = np.repeat(part[['width', 'height']].to_numpy(), part.boxes.map(len), 0)
+        found = likely_convention(np.concatenate(list(part.boxes)), sizes)
+        if found in ('pixels', None): continue
+        yield s, '', f'{s} boxes', (
+            f'{len(sizes)} boxes look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
+            f'wsol_data import --format wsol --boxes {found} converts them')
 
 # %% ../../nbs/0_ground/07_check.ipynb #dc4240e5
 def _faults_of_rows(rows, told):
@@ -133,14 +169,20 @@ def _faults_of_rows(rows, told):
         if r.label < 0 and (r.split, r.image_id) in told: continue
         for what in _check_row(r): yield _of(r, what)
 
-def _faults_of_images(rows, progress):
-    "The faults of all images and masks, decoded on threads."
-    def check(r): return list(_check_files(r))
+def _looks(rows, exif, progress):
+    "What the files of all rows show, decoded on threads."
     with ThreadPoolExecutor(4) as pool:
-        faults = pool.map(check, rows)
-        if progress: faults = progress_bar(faults, total=len(rows), leave=False)
-        for r, whats in zip(rows, faults):
-            for what in whats: yield _of(r, what)
+        looks = pool.map(lambda r: _check_files(r, exif), rows)
+        return list(progress_bar(looks, total=len(rows), leave=False) if progress else looks)
+
+def _faults_of_images(rows, exif, progress):
+    "The faults of all images and masks, and notes."
+    looks, faults = _looks(rows, exif, progress), []
+    size = _common_size(rows, looks)
+    for r, look in zip(rows, looks):
+        if look.shape and look.stored != size: faults.append(_of(r, look.shape))
+        faults += [_of(r, what) for what in look.faults]
+    return faults, [_note_of_size(looks, size)] if size else []
 
 # %% ../../nbs/0_ground/07_check.ipynb #df404ad6
 def check_manifest(
@@ -149,7 +191,8 @@ def check_manifest(
     train:str='train', # the split whose classes are the known ones
     test:str='test', # the split that must share no image with it
     progress:bool=False, # show a bar
-)->pd.DataFrame: # columns split, image_id, where, problem; no row: the dataset is sound
+    exif:bool=False, # pictures are turned as their EXIF flag says, and their boxes are upright
+)->pd.DataFrame: # columns split, image_id, where, problem; no row: it is sound; `.attrs["notes"]`
     "Everything that is wrong with a dataset, by row."
     missing = ', '.join(c for c in COLUMNS if c not in df.columns)
     if missing:
@@ -162,8 +205,10 @@ def check_manifest(
     found += _repeated(df)
     found += _shared(df, test)
     found += _other_conventions(df)
-    if images: found += _faults_of_images(rows, progress)
-    return problem_table(found)
+    of_images, notes = _faults_of_images(rows, exif, progress) if images else ([], [])
+    problems = problem_table(found + of_images)
+    problems.attrs['notes'] = notes
+    return problems
 
 # %% ../../nbs/0_ground/07_check.ipynb #b07829fc
 def drop_bad(

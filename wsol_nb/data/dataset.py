@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import chunked, patch
 from PIL import Image
 
-from ..core import expect, read_image
+from ..core import expect
+from ..images import read_image
 from ..processes import slice_of_batch
 from .batches import ByteBatch, Item, floats_first
 from .geometry import RECIPES, draw_colours, draw_geometry, jitter_colours, to_bytes

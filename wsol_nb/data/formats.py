@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import expect
-from .manifest import SUFFIXES, new_manifest
+from .levels import (check_beside, describe_left, faults_of, image_files,
+                                 read_layout)
+from .manifest import new_manifest
 
 # %% ../../nbs/0_ground/05_formats.ipynb #a3851a5d
 def _shots(file):
@@ -67,41 +69,12 @@ def _random_splits(ids, valid_pct, test_pct, seed):
     if not (names == 'train').any(): names[u.argmax()] = 'train'
     return names
 
-# %% ../../nbs/0_ground/05_formats.ipynb #6a313e0c
-_SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
-               test='test', testing='test')
-
-def _image_files(root):
-    "The images below a folder, as paths from it; what is hidden is left out."
-    files = (f.relative_to(root) for f in root.rglob('*') if f.suffix.lower() in SUFFIXES)
-    return sorted(f for f in files if not any(part.startswith('.') for part in f.parts))
-
-# %% ../../nbs/0_ground/05_formats.ipynb #6a360d32
-def _is_split(files, root):
-    "Whether the folders at the top are splits; an error where only some look like it."
-    deep = {f.parts[0] for f in files if len(f.parts) > 2}
-    tops = sorted(top for top in deep if top.lower() in _SPLITS)
-    odd = sorted({f.parts[0] for f in files}.difference(tops))
-    trains = any(_SPLITS[top.lower()] == 'train' for top in tops)
-    if trains and odd:
-        raise ValueError(f'root={str(root)!r}: {", ".join(tops)} look like splits, '
-                         f'but what is {", ".join(odd[:3])} beside them?')
-    return bool(tops) and not odd
-
 # %% ../../nbs/0_ground/05_formats.ipynb #52723d2d
 def _check_folder(root, valid_pct, test_pct):
     "Refuses what is no folder, and shares that are none."
     expect(root.is_dir(), 'root', str(root), 'a folder')
     shares = 0 < valid_pct < 1 and 0 <= test_pct < 1 and valid_pct + test_pct < 1
     expect(shares, 'valid_pct, test_pct', (valid_pct, test_pct), 'shares with a sum below 1')
-
-def _check_files(root, files):
-    "Refuses a folder without an image, or with one in no class folder."
-    expect(files, 'root', str(root), '<class>/<image>, found no image')
-    loose = [f for f in files if len(f.parts) < 2]
-    if loose:
-        raise ValueError(f'root={str(root)!r}: expected <class>/<image>, found {len(loose)} images '
-                         f'in no class folder, {loose[0]} first')
 
 # %% ../../nbs/0_ground/05_formats.ipynb #4bc92220
 def _divide(files, classes, valid_pct, test_pct, seed):
@@ -113,26 +86,69 @@ def _divide(files, classes, valid_pct, test_pct, seed):
         splits[at] = _random_splits(ids, valid_pct, test_pct, seed)
     return splits
 
+def _all_split(rows, shares, seed, set_aside, notes):
+    "The rows with a split each: those of `train`, or of no split, are divided where need be."
+    have = {split for _, split, _ in rows}
+    own = None if None in have else 'train'
+    if own and ('val' in have or not set_aside): return rows
+    if own: notes.append('there is no val: a share of train becomes it')
+    if 'test' in have: shares = shares[0], 0
+    cut = [(f, c) for f, split, c in rows if split == own]
+    drawn = iter(_divide(*map(list, zip(*cut)), *shares, seed) if cut else ())
+    return [(f, next(drawn) if split == own else split, c) for f, split, c in rows]
+
+# %% ../../nbs/0_ground/05_formats.ipynb #e56091f6
+def _read_list(file, known):
+    "`{path: split}` of a file of `path,split` lines, each of which has a picture."
+    try: lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f'split_list={str(file)!r}: cannot be read ({e})') from None
+    given = {}
+    for n, line in enumerate(lines, 1):
+        path, comma, split = (part.strip() for part in line.rpartition(','))
+        if not line.strip(): continue
+        if not (comma and path and split):
+            raise ValueError(f'{file} line {n}: expected path,split, got {line!r}')
+        if path not in known: raise ValueError(f'{file} line {n}: there is no picture {path!r}')
+        if given.setdefault(path, split) != split:
+            raise ValueError(f'{file} line {n}: {path!r} stands in {given[path]!r} already')
+    expect(given, 'split_list', str(file), 'a line path,split at least')
+    return given
+
+def _as_listed(rows, file, notes):
+    "The rows that a list names, in its splits."
+    given = _read_list(file, {f.as_posix() for f, *_ in rows})
+    lost = [f for f, *_ in rows if f.as_posix() not in given]
+    if lost: notes.append(f'left out: {len(lost)} pictures that {file} does not name, '
+                          f'{lost[0]} first')
+    return [(f, given[f.as_posix()], c) for f, _, c in rows if f.as_posix() in given]
+
 # %% ../../nbs/0_ground/05_formats.ipynb #c574b8ea
+def _row(root, file, split, name, names):
+    "A row of the manifest."
+    return dict(image_id=file.as_posix(), path=str(root/file), split=split, width=0, height=0,
+                labels=(names.index(name),), boxes=np.zeros((0, 4), np.int64), mask=(), ignore='')
+
+# %% ../../nbs/0_ground/05_formats.ipynb #169749c7
 def folder_manifest(
     root, # `root/<class>/<image>`, or `root/<split>/<class>/<image>`
-    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has no splits
+    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has none
     test_pct:float=0., # share of each class that becomes 'test', likewise
     seed:int=42, # of that division
-)->pd.DataFrame: # a manifest without boxes; labels are the positions of the sorted class names
+    split_list=None, # a file of lines `path,split`, which then decides
+    set_aside:bool=True, # where there is a train and no val, a share of it becomes one
+# a manifest without boxes; labels are the positions of the sorted class names;
+# `.attrs['notes']`: how the folder was understood, and what was left out
+)->pd.DataFrame:
     "A manifest of a folder of images, a sub-folder a class."
     root = Path(root)
     _check_folder(root, valid_pct, test_pct)
-    files = _image_files(root)
-    split = _is_split(files, root)
-    _check_files(root, files)
-    classes = [f.parts[split] for f in files]
-    names = sorted(set(classes))
-    if split: splits = [_SPLITS[f.parts[0].lower()] for f in files]
-    else: splits = _divide(files, classes, valid_pct, test_pct, seed)
-    def row(file, name, split):
-        return dict(image_id=file.as_posix(), path=str(root/file), split=split, width=0, height=0,
-                    labels=(names.index(name),), boxes=np.zeros((0, 4), np.int64),
-                    mask=(), ignore='')
-    rows = [row(*of_one) for of_one in zip(files, classes, splits)]
-    return new_manifest(rows, dict(enumerate(names)))
+    files, left = image_files(root)
+    beside = check_beside(root, left)
+    rows, notes = read_layout(root, files)
+    if split_list: rows = _as_listed(rows, split_list, notes)
+    else: rows = _all_split(rows, (valid_pct, test_pct), seed, set_aside, notes)
+    names = sorted({name for *_, name in rows})
+    df = new_manifest([_row(root, *row, names) for row in rows], dict(enumerate(names)))
+    df.attrs.update(notes=beside + notes + describe_left(left), problems=faults_of(left))
+    return df

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import BadImage, expect
+from ..core import expect
+from ..images import BadImage
 from .interchange import Found, Picture, Thing, picture_size, sound_box
 from .manifest import labels_of
 from .metadata import read_metadata

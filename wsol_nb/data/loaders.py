@@ -21,12 +21,15 @@ from ..core import env_folder, expect
 from ..registry import did_you_mean
 from .check import check_manifest, drop_bad
 from .dataset import WSOLDL, DataInfo, LocalizableSplit, WSOLDataset
+from .doubts import doubts
 from .formats import folder_manifest
 from .geometry import RECIPES
 from .idioms import class_map
+from .levels import tree
 from .manifest import describe_problems
 from .metadata import read_metadata
 from .stores import MapStore
+from .turned import turn_manifest
 from .worlds.disk import write_world
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
@@ -40,15 +43,23 @@ def _without_bad(df, problems):
     print(f'skipped {len(dropped)} of {len(df)} images: {describe_problems(problems)}')
     return sound, dropped
 
-def _sound(df, check, skip_bad, train, test):
+def _sound(df, check, skip_bad, train, test, exif=False):
     "The manifest after its check, and the rows left out."
     if not (check or skip_bad): return df, None
     looked_at = df if check in (True, False) else df[df.split.isin(check)]
-    problems = check_manifest(looked_at, train=train, test=test, progress=len(looked_at) > 500)
+    problems = check_manifest(looked_at, train=train, test=test, exif=exif,
+                              progress=len(looked_at) > 500)
+    for note in problems.attrs['notes']: print(f'note: {note}')
     if not len(problems): return df, None
     if skip_bad: return _without_bad(df, problems)
     raise ValueError(f'the dataset has {describe_problems(problems)}\n'
                      'skip_bad=True (--skip-bad) goes on without the images that are named')
+
+def _turned(df):
+    "The table with the boxes of pictures that EXIF flags turn, and a word on them."
+    df, n = turn_manifest(df)
+    if n: print(f'{n} images are turned as their EXIF flags say, and their boxes with them')
+    return df
 
 # %% ../../nbs/0_ground/15_loaders.ipynb #61d82dd1
 def _own_size(df):
@@ -131,7 +142,7 @@ class WSOLDataLoaders(DataLoaders):
         # True or a list of splits: decode every image first; an error names all faults
         check=False,
         skip_bad:bool=False, # with that check: go on without the bad images
-        exif:bool=False, # turn images as their EXIF flag says
+        exif:bool=False, # turn images, and boxes of their stored form, as EXIF flags say
         maps:MapStore=None, # stored maps, or a `LabelStore`'s pixel labels, for training items
         source:dict=None, # how these loaders were made, for the run's config
         recipe:str='photo', # photo or histology, see `RECIPES`
@@ -143,7 +154,8 @@ class WSOLDataLoaders(DataLoaders):
         resize = _resize(resize, size, df, recipe)
         if negative is None: negative = df.attrs.get('negative', ())
         expect(isinstance(bs, int) and bs >= 1, 'bs', bs, 'a whole number of at least 1')
-        df, skipped = _sound(df, check, skip_bad, train, test)
+        df, skipped = _sound(df, check, skip_bad, train, test, exif)
+        if exif: df = _turned(df)
         roles, device = _roles(df, train, valid, tune, test), device or default_device()
         fast = torch.device(device).type == 'cuda' if fast is None else bool(fast)
         info = DataInfo(df, size, resize, seed, exif, roles, source or {}, skipped,
@@ -213,15 +225,19 @@ def from_metadata(cls:WSOLDataLoaders,
 @delegates(WSOLDataLoaders.from_manifest, but=['source', 'exif'])
 def from_folder(cls:WSOLDataLoaders,
     root, # `root/<class>/<image>` or `root/<split>/<class>/<image>`
-    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has no splits
+    valid_pct:float=.2, # share of each class that becomes 'val', where the folder has none
     test_pct:float=0., # likewise 'test'
     split_seed:int=42, # of that division
+    split_list=None, # a file of lines `path,split`, which then decides
     **kwargs
 ):
-    "Loaders of a plain folder of images; nothing to localize against, but training and maps work."
-    root = Path(root).resolve()
-    df = folder_manifest(root, valid_pct, test_pct, split_seed)
+    "Loaders of a plain folder of images; says how it was understood; there is nothing to localize."
+    root, aside = Path(root).resolve(), kwargs.get('valid') in (None, 'val')
+    df = folder_manifest(root, valid_pct, test_pct, split_seed, split_list, aside)
+    print('\n'.join([f'{root.name}/', tree(df), *(f'note: {n}' for n in df.attrs['notes'])]))
+    for doubt in doubts(df, bool(kwargs.get('check'))): print(f'warning: {doubt}')
     division = dict(valid_pct=valid_pct, test_pct=test_pct, split_seed=split_seed)
+    if split_list: division['split_list'] = str(Path(split_list).resolve())
     source = dict(kind='folder', root=str(root), **division)
     return cls.from_manifest(df, source=source, exif=True, **kwargs)
 

@@ -15,7 +15,8 @@ import pandas as pd
 COLUMNS = ['image_id', 'path', 'label', 'class_name', 'split', 'width', 'height',
            'boxes', 'mask', 'ignore']
 VIDEO = ['video', 'shot', 'frame'] # more columns, for video
-SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm'}
+SUFFIXES = {'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif',
+            '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.heic', '.heif', '.avif'}
 
 def labels_of(
     df:pd.DataFrame, # a manifest

@@ -314,6 +314,16 @@ def write_example(
         Image.new('L', (50, 34)).save(file)
     return root
 
+# %% ../../nbs/0_ground/04_metadata.ipynb #1db54466
+def _headless(root, dataset):
+    "Faults of the folders beside the splits of a dataset that have files, but no image_ids.txt."
+    for folder in sorted(p for p in (root/'metadata'/dataset).iterdir() if p.is_dir()):
+        if (folder/'image_ids.txt').is_file(): continue
+        files = sorted(f.name for f in folder.glob('*.txt') if f.name in _FILES)
+        if not files: continue
+        what = f'holds {", ".join(files)}, but no image_ids.txt, so it is not read'
+        yield folder.name, '', f'{folder.name}/image_ids.txt', what
+
 # %% ../../nbs/0_ground/04_metadata.ipynb #7f8d6c35
 def _read_splits(root, dataset, splits, images, reach):
     "Rows, problems and notes of several splits; one without an image is a problem."
@@ -344,7 +354,7 @@ def read_metadata(
 )->pd.DataFrame: # a manifest; `.attrs`: `notes` on what was put right, `negative` classes, `names` of all
     "Read a dataset in the WSOL layout. Raises ValueError with every fault, by file and line."
     root = Path(root)
-    splits = _asked(root, dataset, splits)
+    splits_asked, splits = splits, _asked(root, dataset, splits)
     first, *deeper = Path(dataset).parts
     images = Path(images) if images else root/first
     if reach is None: reach = _REACH.get(first, 0)
@@ -353,6 +363,7 @@ def read_metadata(
     folders = [meta, *meta.parents[:len(deeper)]]
     negative = _negatives(rows, negative, folders)
     problems += _without_foreground(rows, negative)
+    if not splits_asked: problems += _headless(root, dataset)
     if strict and problems:
         raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
     names = _class_names(rows, folders)

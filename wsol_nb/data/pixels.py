@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core import read_image
+from ..images import read_image
 
 # %% ../../nbs/0_ground/13a_pixels.ipynb #ada7183a
 def reduction(

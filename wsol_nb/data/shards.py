@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import Inf
 
-from ..core import BadImage, expect, whole_file
+from ..core import expect, whole_file
+from ..images import BadImage
 from .dataset import WSOLDL, WSOLDataset
 from .loaders import WSOLDataLoaders
 from fastai.data.core import TfmdDL

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import BadImage, check_boxes, check_score_map, expect, resize_boxes, whole_file
+from ..core import check_boxes, check_score_map, expect, resize_boxes, whole_file
+from ..images import BadImage
 
 # %% ../../nbs/0_ground/06_stores.ipynb #e2eb5a28
 def _instance(file, size):
