@@ -80,8 +80,7 @@ def _said(problems):
 # %% ../../nbs/9_tools/05_data.ipynb #7fe3466c
 @command(place=('out',), failed=lambda found: 'problem' in found and len(found),
          examples=('wsol_data synth data --n-train 64 --n-val 16 --n-test 16',
-                   'wsol_data export data coco --format coco', 'wsol_data import coco again',
-                   'wsol_data check again'))
+                   'wsol_data check data'))
 def wsol_data(
     # synth (write a world), check (a dataset), import (annotations), export (a dataset)
     command:str,
