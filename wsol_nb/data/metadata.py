@@ -351,7 +351,7 @@ def read_metadata(
     # pixels by which a box may leave its image, to be cut at the border and noted;
     # None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
     reach:float=None,
-)->pd.DataFrame: # a manifest; `.attrs`: `notes` on what was put right, `negative` classes, `names` of all
+)->pd.DataFrame: # a manifest; `.attrs`: `notes` of what was put right, `negative`, `names`
     "Read a dataset in the WSOL layout. Raises ValueError with every fault, by file and line."
     root = Path(root)
     splits_asked, splits = splits, _asked(root, dataset, splits)
