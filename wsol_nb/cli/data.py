@@ -8,7 +8,6 @@ __all__ = ['wsol_data']
 # %% ../../nbs/9_tools/05_data.ipynb #0e2b5e43
 from .command import command
 from .train import data_source
-from ..data.levels import class_counts
 from ..registry import entries, find
 
 # %% ../../nbs/9_tools/05_data.ipynb #6bb72181
@@ -26,6 +25,7 @@ def _counts(part):
 
 def _summary(df):
     "A line a split: images, boxes, masks, shots and videos where there are, and its classes."
+    from wsol_nb.data.levels import class_counts
     for (split, part), classes in zip(df.groupby('split', sort=False), class_counts(df)):
         counts = ', '.join(f'{n} {what}' for what, n in _counts(part).items())
         yield f'{split:>8}: {counts}; {classes}'
