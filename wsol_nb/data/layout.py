@@ -21,8 +21,8 @@ from .interchange import Found, Picture, Thing, picture_size, sound_box
 from .manifest import labels_of
 from .metadata import read_metadata
 
-# %% ../../nbs/0_ground/07b_layout.ipynb #fd0bd766
-_STAMP = 'wsol_nb.json'
+# %% ../../nbs/0_ground/07b_layout.ipynb #98dd80a5
+_STAMP = '.wsol_nb'
 
 def _is_running(part):
     "Whether the process that a part is named after may be at work; one of another host may."
@@ -37,16 +37,17 @@ def _clear_away(path):
     "What calls that were killed left: parts are removed, a folder that was to be replaced is back."
     for old in path.parent.glob(f'.{path.name}.*.old'):
         if not path.exists() and not _is_running(old): old.rename(path)
-    for left in [*path.parent.glob(f'.{path.name}.*.part'), *path.parent.glob(f'.{path.name}.*.old')]:
-        if not _is_running(left): shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(f'.{path.name}.*'):
+        if left.suffix not in ('.part', '.old') or _is_running(left): continue
+        shutil.rmtree(left, ignore_errors=True)
 
-# %% ../../nbs/0_ground/07b_layout.ipynb #396562b8
+# %% ../../nbs/0_ground/07b_layout.ipynb #2e1f5f49
 def _refuse_over(path, overwrite):
     "An error where a folder, or a file, is in the way."
     if not path.exists() or path.is_dir() and not any(path.iterdir()): return
-    if (path/_STAMP).is_file():
-        expect(overwrite, 'out', str(path), 'a new folder, or --overwrite to replace this one')
-    else: expect(False, 'out', str(path), 'a new folder; this one was not made by an import or export')
+    if (path/_STAMP).is_file(): wanted = 'a new folder, or --overwrite to replace this one'
+    else: wanted, overwrite = 'a new folder; no import or export made this one', False
+    expect(overwrite, 'out', str(path), wanted)
 
 def _swap(part, path):
     "The part takes the folder's place."
@@ -55,12 +56,12 @@ def _swap(part, path):
     part.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/0_ground/07b_layout.ipynb #4e1131e0
+# %% ../../nbs/0_ground/07b_layout.ipynb #c116bf22
 @contextmanager
 def whole_folder(
     path, # of the folder
     overwrite:bool=False, # replace one that was made like this
-    **said # plain values for its `wsol_nb.json`
+    **said # plain values for its `.wsol_nb`
 ): # a folder beside it, to be filled inside the `with`
     "Write a folder whole or not at all."
     path = Path(path)
@@ -186,7 +187,7 @@ def _write_pictures(named, found, images, meta):
         for name, some in rows.items(): lists[name] += some
     for split, lists in splits.items(): _write_lists(meta/split, lists)
 
-# %% ../../nbs/0_ground/07b_layout.ipynb #7fa70071
+# %% ../../nbs/0_ground/07b_layout.ipynb #404fd721
 def write_layout(
     found:Found, # from a reader
     out, # a new folder
@@ -194,7 +195,7 @@ def write_layout(
     valid_pct:float=.2, # share of pictures that becomes 'val' where the source has no splits
     seed:int=42, # of that division
     overwrite:bool=False, # replace an imported dataset
-    **said # plain values for `wsol_nb.json`
+    **said # plain values for `.wsol_nb`
 )->Path: # `out`
     "Write a dataset in the WSOL layout, whole or not at all."
     fits = re.fullmatch(r'[\w.-]+', name) and name.strip('.') and name != 'metadata'
