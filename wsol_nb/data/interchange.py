@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ..core import BadImage
+from ..images import BadImage
 from .conventions import CONVENTIONS, to_pixels
 from .manifest import SUFFIXES
 

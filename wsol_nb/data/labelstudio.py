@@ -13,7 +13,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from ..core import BadImage, expect
+from ..core import expect
+from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, read_json, sound_box, split_of)

@@ -9,7 +9,8 @@ __all__ = ['read_csv', 'write_csv']
 import csv
 from pathlib import Path
 
-from ..core import BadImage, expect
+from ..core import expect
+from ..images import BadImage
 from .conventions import CONVENTIONS, likely_convention
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, sound_box, split_of)

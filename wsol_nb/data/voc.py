@@ -12,7 +12,8 @@ from xml.etree import ElementTree as ET
 import numpy as np
 from PIL import Image
 
-from ..core import BadImage, expect
+from ..core import expect
+from ..images import BadImage
 from .conventions import fit, from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, sound_box, split_of)

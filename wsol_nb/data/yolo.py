@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..core import BadImage, expect
+from ..core import expect
+from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, sound_box, split_of)
