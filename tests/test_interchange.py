@@ -244,7 +244,8 @@ def damage(text, rng):
     for _ in range(rng.randint(1, 4)):
         a = rng.randrange(len(text) + 1)
         b = min(len(text), a + rng.choice((1, 1, 3, 40)))
-        text = text[:a] + rng.choice(('', text[a:b]*2, '9', '-', '"', 'x', ',', '\n', '1e400', 'nan')) + text[b:]
+        piece = rng.choice(('', text[a:b]*2, '9', '-', '"', 'x', ',', '\n', '1e400', 'nan'))
+        text = text[:a] + piece + text[b:]
     return text
 
 

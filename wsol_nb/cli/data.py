@@ -101,8 +101,8 @@ def _write_left_out(df, problems, file):
 # %% ../../nbs/9_tools/05_data.ipynb #1a437051
 @command(place=('out',), failed=lambda found: 'problem' in found and len(found),
          examples=('wsol_data synth data --n-train 64 --n-val 16 --n-test 16',
-                   'wsol_data export data coco --format coco', 'wsol_data import coco again',
-                   'wsol_data check again'))
+                   'wsol_data check data', 'wsol_data export data voc --format voc',
+                   'wsol_data import voc again'))
 def wsol_data(
     # synth (write a world), check (a dataset), import (annotations), export (a dataset)
     command:str,

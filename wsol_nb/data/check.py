@@ -15,7 +15,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ..images import BadImage, as_rgb, open_image, orientation
-from .conventions import CONVENTIONS, likely_convention
+from .conventions import CONVENTIONS, SHARES, fit, likely_convention
 from .manifest import COLUMNS, labels_of, problem_table
 from .turned import given_upright
 
@@ -156,8 +156,10 @@ def _other_conventions(df):
     "Faults of the splits whose boxes are, by their numbers, in another convention."
     for s, part in df[(df.width > 0) & (df.boxes.map(len) > 0)].groupby('split', sort=False):
         sizes = np.repeat(part[['width', 'height']].to_numpy(), part.boxes.map(len), 0)
-        found = likely_convention(np.concatenate(list(part.boxes)), sizes)
-        if found in ('pixels', None): continue
+        boxes = np.concatenate(list(part.boxes))
+        found = likely_convention(boxes, sizes)
+        against = len(boxes)*(1 - fit(boxes, sizes, 'pixels')) # so many speak against ours
+        if found in ('pixels', None) or found not in SHARES and against < 5: continue
         yield s, '', f'{s} boxes', (
             f'{len(sizes)} boxes look like {CONVENTIONS[found]}, expected {CONVENTIONS["pixels"]}; '
             f'wsol_data import --format wsol --boxes {found} converts them')
