@@ -18,8 +18,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from wsol_nb.cli.data import wsol_data
-
 SPLITS, CLASSES, N = ('train', 'val', 'test'), ('owl', 'jay'), 6 # images of a split
 
 
@@ -33,7 +31,8 @@ def sound_metadata(root):
         lines = dict(image_ids='{0}', class_labels='{0},{1}', image_sizes='{0},50,34',
                      localization='{0},3,4,20,30')
         for file, form in lines.items():
-            (meta/f'{file}.txt').write_text(''.join(form.format(n, i % 2) + '\n' for i, n in enumerate(ids)))
+            text = [form.format(n, i % 2) + '\n' for i, n in enumerate(ids)]
+            (meta/f'{file}.txt').write_text(''.join(text))
 
 
 def sound_folder(root):
@@ -126,7 +125,8 @@ def cut_file(root, rng):
 def harmless(root, rng):
     file = a_file(root, rng)
     text = file.read_bytes()
-    file.write_bytes(rng.choice([b'\xef\xbb\xbf' + text, text.replace(b'\n', b'\r\n'), text + b'\n\n', text[:-1]]))
+    mark, dos = b'\xef\xbb\xbf' + text, text.replace(b'\n', b'\r\n')
+    file.write_bytes(rng.choice([mark, dos, text + b'\n\n', text[:-1]]))
     return False
 
 
@@ -209,6 +209,7 @@ IN_FOLDERS = dict(
 
 def outcome(root):
     "'refused', 'problems', 'warned' or 'nothing' of what check says; all else it raises comes out."
+    from wsol_nb.cli.data import wsol_data
     said = io.StringIO()
     try:
         with redirect_stdout(said): problems = wsol_data('check', root)

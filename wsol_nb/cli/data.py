@@ -9,7 +9,6 @@ __all__ = ['wsol_data']
 from .command import command
 from .exchange import export_data, import_data
 from .train import data_source
-from ..data.levels import class_counts
 from ..registry import entries, find
 
 # %% ../../nbs/9_tools/05_data.ipynb #6bb72181
@@ -27,6 +26,7 @@ def _counts(part):
 
 def _summary(df):
     "A line a split: images, boxes, masks, shots and videos where there are, and its classes."
+    from wsol_nb.data.levels import class_counts
     for (split, part), classes in zip(df.groupby('split', sort=False), class_counts(df)):
         counts = ', '.join(f'{n} {what}' for what, n in _counts(part).items())
         yield f'{split:>8}: {counts}; {classes}'

@@ -84,3 +84,16 @@ def describe_problems(
     lines += [f'  {p.where}: {p.problem}' for p in problems.head(most).itertuples()]
     if len(problems) > most: lines.append(f'  … and {len(problems) - most} more')
     return '\n'.join(lines)
+
+# %% ../../nbs/0_ground/03_manifest.ipynb #2c4b0b84
+def headless(
+    folder, # of a dataset's splits
+    files, # names of the files of a split
+): # rows of problems
+    "Faults of the folders that have such files, but no image_ids.txt."
+    for split in sorted(p for p in folder.iterdir() if p.is_dir()):
+        if (split/'image_ids.txt').is_file(): continue
+        there = sorted(f.name for f in split.glob('*.txt') if f.name in files)
+        if not there: continue
+        what = f'holds {", ".join(there)}, but no image_ids.txt, so it is not read'
+        yield split.name, '', f'{split.name}/image_ids.txt', what

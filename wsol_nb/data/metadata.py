@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..core import expect
 from ..registry import did_you_mean
-from .manifest import (SUFFIXES, describe_problems, folder_names, new_manifest,
-                                   problem_table)
+from .manifest import (SUFFIXES, describe_problems, folder_names, headless,
+                                   new_manifest, problem_table)
 
 # %% ../../nbs/0_ground/04_metadata.ipynb #14d5b450
 def _text(file):
@@ -314,16 +314,6 @@ def write_example(
         Image.new('L', (50, 34)).save(file)
     return root
 
-# %% ../../nbs/0_ground/04_metadata.ipynb #1db54466
-def _headless(root, dataset):
-    "Faults of the folders beside the splits of a dataset that have files, but no image_ids.txt."
-    for folder in sorted(p for p in (root/'metadata'/dataset).iterdir() if p.is_dir()):
-        if (folder/'image_ids.txt').is_file(): continue
-        files = sorted(f.name for f in folder.glob('*.txt') if f.name in _FILES)
-        if not files: continue
-        what = f'holds {", ".join(files)}, but no image_ids.txt, so it is not read'
-        yield folder.name, '', f'{folder.name}/image_ids.txt', what
-
 # %% ../../nbs/0_ground/04_metadata.ipynb #7f8d6c35
 def _read_splits(root, dataset, splits, images, reach):
     "Rows, problems and notes of several splits; one without an image is a problem."
@@ -343,27 +333,26 @@ def read_metadata(
     dataset:str, # e.g. 'CUB' or 'GLAS/fold-0'
     splits=None, # the splits to read; None: all there are
     images=None, # the images' folder; None: `root/<first part of dataset>`
-    # raise on the first look at a faulty file; False: collect the faults in `.attrs['problems']`
-    strict:bool=True,
+    strict:bool=True, # raise where a file is faulty; False: faults go to `.attrs['problems']`
     # class id or ids whose images have no foreground by definition: without a mask they count as
     # annotated and empty; None: those that the dataset lists
     negative=None,
     # pixels by which a box may leave its image, to be cut at the border and noted;
     # None: 8 and 1 for YouTube-Objects v1.0 and v2.2, else 0
     reach:float=None,
-)->pd.DataFrame: # a manifest; `.attrs`: `notes` of what was put right, `negative`, `names`
+)->pd.DataFrame: # a manifest; `.attrs`: `notes`, `negative` classes, `names` of all
     "Read a dataset in the WSOL layout. Raises ValueError with every fault, by file and line."
     root = Path(root)
-    splits_asked, splits = splits, _asked(root, dataset, splits)
+    asked = _asked(root, dataset, splits)
     first, *deeper = Path(dataset).parts
     images = Path(images) if images else root/first
     if reach is None: reach = _REACH.get(first, 0)
-    rows, problems, notes = _read_splits(root, dataset, splits, images, reach)
+    rows, problems, notes = _read_splits(root, dataset, asked, images, reach)
     meta = root/'metadata'/dataset
     folders = [meta, *meta.parents[:len(deeper)]]
     negative = _negatives(rows, negative, folders)
     problems += _without_foreground(rows, negative)
-    if not splits_asked: problems += _headless(root, dataset)
+    if not splits: problems += headless(meta, _FILES)
     if strict and problems:
         raise ValueError(f'{dataset}: {describe_problems(problem_table(problems))}')
     names = _class_names(rows, folders)
