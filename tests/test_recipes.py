@@ -11,7 +11,7 @@ from helpers import BIN, digest, root, run
 TEMPLATE = root/'nbs/_templates/template.ipynb'
 # what each recipe registers, kind and name
 MAKES = {'nbs/5_methods/02_mixed.ipynb': [('head', 'MixedHead'), ('method', 'Mixed')],
-         'nbs/3_cam/06_positive.ipynb': [('localizer', 'PositiveCAM')],
+         'nbs/3_cam/08_positive.ipynb': [('localizer', 'PositiveCAM')],
          'nbs/6_dense/06_sure.ipynb': [('method', 'SureMaps')]}
 
 
