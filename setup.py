@@ -30,7 +30,7 @@ setup(
     include_package_data=True,
     python_requires=f'>={cfg["min_python"]}',
     install_requires=words('requirements'),
-    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'shards')},
+    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'shards', 'coco')},
     entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
     zip_safe=False,
 )
