@@ -25,7 +25,7 @@ from .info import DataInfo
 from .pixels import crop_pixels, decode_small
 from .stores import MapStore, Truth
 from fastai.data.core import TfmdDL
-from fastai.torch_core import to_detach
+from fastai.torch_core import to_detach as detached
 
 # %% ../../nbs/0_ground/33_dataset.ipynb #d321e1bb
 def _placed(stored, recipe, size, resize, geometry):
@@ -284,7 +284,7 @@ def __len__(self:WSOLDL):
 @patch
 def to_detach(self:WSOLDL, b, cpu=True, gather=True):
     "fastai's `to_detach`, but nothing is gathered from other processes."
-    return to_detach(b, cpu, gather=False)
+    return detached(b, cpu, gather=False)
 
 # %% ../../nbs/0_ground/33_dataset.ipynb #58d07c9d
 class LocBatch(NamedTuple):
