@@ -223,3 +223,15 @@ def test_frozen_releases_are_allowed(name):
         assert r.name in pinned, f'{r.name}: not in constraints-{name}.txt'
         met = all(r.specifier.contains(v) for v in pinned[r.name])
         assert met, f'{r} is not met by {pinned[r.name]}; run make lock'
+
+
+def test_no_patch_hides_a_name():
+    "Before fastcore 1.9 a function under @patch leaves None where it stands: nothing else may have its name."
+    for module in house.homes():
+        names, patched = set(), set()
+        for node in house.tree(module).body:
+            under_patch = any('patch' in ast.unparse(d) for d in getattr(node, 'decorator_list', []))
+            if isinstance(node, (ast.Import, ast.ImportFrom)): names |= {a.asname or a.name for a in node.names}
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
+            (patched if under_patch else names).add(node.name)
+        assert not names & patched, f'{module}: {names & patched}'

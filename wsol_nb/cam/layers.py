@@ -175,7 +175,7 @@ def _check_maps(A, layer, x):
 # %% ../../nbs/3_cam/02_layers.ipynb #8cb8d40c
 def as_it_is(out): return out
 
-def watch(model, layers, x, start=as_it_is, ask=Door()):
+def watch_layers(model, layers, x, start=as_it_is, ask=Door()):
     "A pass whose graph begins at the first of the layers; earlier if gradients are on."
     trace = None if all(l.layout for l in layers) else Trace(x) # it tells where channels stand
     reader = _Reader(model, layers, start, trace)
@@ -270,13 +270,13 @@ def watch(self:_AtLayers, x, start=None):
     size, seen, on = self.asked is None and tuple(x.shape[1:]), None, torch.is_grad_enabled()
     layers = self._known.get(size, self.asked)
     if layers is not None:
-        try: seen = watch(self.model, layers, x, start or as_it_is, self.door)
+        try: seen = watch_layers(self.model, layers, x, start or as_it_is, self.door)
         except Unread: # a found one may be of a branch that was not taken this time
             if self.asked is not None: raise
             torch.set_grad_enabled(on)
     if seen is None:
         layers, seen = self.find(x, start is None)
-        if seen is None: seen = watch(self.model, layers, x, start or as_it_is, self.door)
+        if seen is None: seen = watch_layers(self.model, layers, x, start or as_it_is, self.door)
     self.read = self._known[size] = list(dict.fromkeys(seen.layers))
     return seen
 
