@@ -231,7 +231,8 @@ def test_no_patch_hides_a_name():
         names, patched = set(), set()
         for node in house.tree(module).body:
             under_patch = any('patch' in ast.unparse(d) for d in getattr(node, 'decorator_list', []))
-            if isinstance(node, (ast.Import, ast.ImportFrom)): names |= {a.asname or a.name for a in node.names}
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names |= {a.asname or a.name for a in node.names}
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
             (patched if under_patch else names).add(node.name)
         assert not names & patched, f'{module}: {names & patched}'
