@@ -123,6 +123,15 @@ def test_conformance_asks_all_of_the_registry(tmp_path, monkeypatch):
     assert not p.failed and all(gpu_same.difference(a, a) == 0 for a in answers.values())
 
 
+def test_scores_are_compared(tmp_path):
+    "All figures of a report, on a world that is written for it."
+    p = part(tmp_path)
+    gpu_same.scores(p)
+    assert not p.failed and not p.cut, (p.failed, p.cut)
+    row, = rows(tmp_path/'gpu-trial.csv')
+    assert row['kind'] == 'scores' and row['same'] == 'True' and 'evaluate: ' in row['name']
+
+
 def test_conformance_sees_a_difference(tmp_path):
     p = part(tmp_path)
     calls = iter(range(99))
