@@ -7,7 +7,7 @@ __all__ = ['wsol_data']
 
 # %% ../../nbs/9_tools/07_data.ipynb #0e2b5e43
 from .command import command
-from .exchange import export_data, import_data
+from .exchange import counted, export_data, import_data
 from .train import data_source
 from ..registry import entries, find
 
@@ -73,8 +73,6 @@ def _two_places(command, root, out, how):
     return export_data(root, out, **{k: how[k] for k in names})
 
 # %% ../../nbs/9_tools/07_data.ipynb #7fe3466c
-def _counted(n, what): return f'{n} {what}{"s" if n != 1 else ""}'
-
 def _check(df, images, exif, left_out):
     "Print all that is wrong with a dataset, or odd; the problems."
     from wsol_nb.data.check import check_manifest
@@ -85,8 +83,8 @@ def _check(df, images, exif, left_out):
     for doubt in odd: print(f'warning: {doubt}')
     for p in problems.itertuples(): print(f'{p.where}: {p.problem}')
     n = len(problems)
-    print((_counted(n, 'problem') if n else 'no problem found')
-          + f', {_counted(len(odd), "warning")}'*bool(odd))
+    print((counted(n, 'problem') if n else 'no problem found')
+          + f', {counted(len(odd), "warning")}'*bool(odd))
     if left_out: _write_left_out(df, problems, left_out)
     return problems
 
@@ -96,7 +94,7 @@ def _write_left_out(df, problems, file):
     from wsol_nb.data.check import drop_bad
     dropped = drop_bad(df, problems)[1][['split', 'image_id', 'path', 'problem']]
     with whole_file(file) as part: dropped.to_csv(part, index=False)
-    print(f'{_counted(len(dropped), "image")} of {len(df)} would be left out: {file}')
+    print(f'{counted(len(dropped), "image")} of {len(df)} would be left out: {file}')
 
 # %% ../../nbs/9_tools/07_data.ipynb #1a437051
 @command(place=('out',), failed=lambda found: 'problem' in found and len(found),

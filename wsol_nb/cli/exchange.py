@@ -11,16 +11,18 @@ from pathlib import Path
 # %% ../../nbs/9_tools/06_exchange.ipynb #6ba52a52
 _MOST = 20 # problems that are spelled out
 
+def counted(n, what): return f'{n} {what}{"s" if n != 1 else ""}'
+
 def _say(found, kept):
     "Print notes and problems; the rest of a long list stands in the file `kept`."
     for note in found.notes: print(f'note: {note}')
     for where, what in found.problems[:_MOST]: print(f'{where}: {what}')
     n = len(found.problems)
     more = f'; all of them are in {kept}' if kept and n > _MOST else ''
-    if n: print(f'{n} problem{"s" if n != 1 else ""}, what they name was left out{more}')
+    if n: print(f'{counted(n, "problem")}, what they name was left out{more}')
     else: print('no problem found')
 
-def _counted(found):
+def _numbers(found):
     "What was found, in numbers."
     things = [t for p in found.pictures for t in p.things]
     boxes, masks = sum(t.box is not None for t in things), sum(t.mask is not None for t in things)
@@ -49,13 +51,13 @@ def import_data(
     from wsol_nb.data.metadata import datasets_in
     format = format or format_of(source)
     found = read_any(source, format, boxes, masks, dataset)
-    print(f'{source} is {format}: {_counted(found)}')
+    print(f'{source} is {format}: {_numbers(found)}')
     own = next(iter(datasets_in(source)), '') if format == 'wsol' else ''
     name = name or re.sub(r'[^\w.-]+', '_', dataset or own or Path(source).resolve().stem)
     write_layout(found, out, name, source=str(source), format=format, **how)
     _say(found, f'{out}/metadata/{name}/left_out.csv')
     print(f'written to {out}, dataset {name}')
-    return _problems(found)
+    return found.table()
 
 # %% ../../nbs/9_tools/06_exchange.ipynb #293ea119
 def export_data(
@@ -78,8 +80,8 @@ def export_data(
     if maps:
         from wsol_nb.scoring.annotate import annotate
         found = annotate(found, maps, tau, masks)
-    print(f'{source}: {_counted(found)}')
+    print(f'{source}: {_numbers(found)}')
     write_any(found, out, format, overwrite)
     _say(found, None)
     print(f'written to {out} as {format}')
-    return _problems(found)
+    return found.table()

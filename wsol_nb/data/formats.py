@@ -60,7 +60,7 @@ def link_shots(
     return len(links)
 
 # %% ../../nbs/0_ground/09_formats.ipynb #3ecacc38
-def _random_splits(ids, valid_pct, test_pct, seed):
+def random_splits(ids, valid_pct, test_pct, seed):
     "Split names of one class's images; one at least trains, and of two or more one is 'val'."
     u = np.array([zlib.crc32(f'{seed}/{i}'.encode())/2**32 for i in ids])
     names = np.select([u < valid_pct, u < valid_pct + test_pct], ['val', 'test'], 'train')
@@ -83,7 +83,7 @@ def _divide(files, classes, valid_pct, test_pct, seed):
     for c in np.unique(classes):
         at, = np.nonzero(classes == c)
         ids = [files[i].as_posix() for i in at]
-        splits[at] = _random_splits(ids, valid_pct, test_pct, seed)
+        splits[at] = random_splits(ids, valid_pct, test_pct, seed)
     return splits
 
 def _all_split(rows, shares, seed, set_aside, notes):

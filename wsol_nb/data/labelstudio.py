@@ -7,7 +7,6 @@ __all__ = ['read_labelstudio', 'write_labelstudio']
 
 # %% ../../nbs/0_ground/22_labelstudio.ipynb #4ca63e35
 import json, re
-from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -17,14 +16,13 @@ from ..core import expect
 from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, picture_size, read_json, sound_box, split_of)
+                                      numbers_of, only_file, outlined, picture_size,
+                                      read_json, sound_box, split_of)
 from .layout import place_picture
-from .outline import fill, one_ring, outlines
+from .outline import one_ring, outlines
 
 # %% ../../nbs/0_ground/22_labelstudio.ipynb #c538d3cb
 _KINDS = 'rectanglelabels', 'polygonlabels', 'choices'
-
-def _filled(ring, size): return fill([ring*size], (size[1], size[0]))
 
 def _label(value, kind):
     names = value.get(kind)
@@ -43,8 +41,7 @@ def _polygon(value, size, tally):
     points = value.get('points') or []
     if len(points) < 3: raise ValueError(f'expected 3 points or more, got {len(points)}')
     ring = np.array([numbers_of(p, 2) for p in points])/100
-    box = sound_box([*ring.min(0), *ring.max(0)], size, 'fractions', tally)
-    return Thing(_label(value, 'polygonlabels'), box, partial(_filled, ring.clip(0, 1), size))
+    return outlined(_label(value, 'polygonlabels'), ring, size, tally)
 
 # %% ../../nbs/0_ground/22_labelstudio.ipynb #043ec8a7
 def _add(p, result, tally):
@@ -116,13 +113,10 @@ def read_labelstudio(
     source, # the JSON file, or a folder with one and with the pictures
 )->Found:
     "A Label Studio export as pictures with objects; what is bad is named and left out."
-    source, found = Path(source), Found()
-    sources = sorted(source.glob('*.json')) if source.is_dir() else [source]
-    one = len(sources) == 1 and sources[0].is_file()
-    expect(one, 'source', str(source), 'a JSON file, or a folder with one')
-    files = PictureFiles(sources[0].parent)
-    for k, task in enumerate(_load(sources[0])):
-        where = f'{sources[0].name} task {task.get("id", k) if isinstance(task, dict) else k}'
+    file, found = only_file(source, '.json', 'JSON'), Found()
+    files = PictureFiles(file.parent)
+    for k, task in enumerate(_load(file)):
+        where = f'{file.name} task {task.get("id", k) if isinstance(task, dict) else k}'
         try: found.pictures.append(_picture(task, where, files, found))
         except ValueError as e: found.bad(where, e)
     return found

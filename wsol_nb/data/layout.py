@@ -6,10 +6,9 @@
 __all__ = ['whole_folder', 'divide', 'place_picture', 'write_layout', 'read_layout']
 
 # %% ../../nbs/0_ground/17_layout.ipynb #f1a45e5a
-import json, os, platform, re, shutil, uuid, zlib
+import json, os, platform, re, shutil, uuid
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,9 +16,11 @@ from PIL import Image
 
 from ..core import expect
 from ..images import BadImage
+from .formats import random_splits
 from .interchange import Found, Picture, Thing, picture_size, sound_box
 from .manifest import labels_of
 from .metadata import read_metadata
+from .stores import read_mask
 
 # %% ../../nbs/0_ground/17_layout.ipynb #98dd80a5
 _STAMP = '.wsol_nb'
@@ -86,11 +87,9 @@ def divide(
     "Give 'train' or 'val' to pictures without a split; of two or more one is 'val'."
     expect(0 < valid_pct < 1, 'valid_pct', valid_pct, 'a share between 0 and 1')
     open_ = [p for p in pictures if not p.split]
-    u = {id(p): zlib.crc32(f'{seed}/{p.image_id}'.encode())/2**32 for p in open_}
-    for p in open_: p.split = 'val' if u[id(p)] < valid_pct else 'train'
-    if len(open_) < 2: return
-    ordered = sorted(open_, key=lambda p: u[id(p)])
-    ordered[0].split, ordered[-1].split = 'val', 'train'
+    if not open_: return
+    splits = random_splits([p.image_id for p in open_], valid_pct, 0, seed)
+    for p, split in zip(open_, splits): p.split = split
 
 # %% ../../nbs/0_ground/17_layout.ipynb #3ec0a9d3
 _NAMES = 'pictures have a comma in their name, which became an underscore'
@@ -211,19 +210,13 @@ def write_layout(
         (meta/'class_names.txt').write_text('\n'.join(lines), encoding='utf-8')
         _write_pictures(named, found, part/name, meta)
         if found.problems:
-            table = pd.DataFrame(found.problems, columns=['where', 'problem'])
-            table.to_csv(meta/'left_out.csv', index=False)
+            found.table().to_csv(meta/'left_out.csv', index=False)
     return Path(out)
 
 # %% ../../nbs/0_ground/17_layout.ipynb #efb3f625
 def _mask_of(file):
     "A mask file as pixels that are foreground, read when it is asked for."
-    def read():
-        try:
-            with Image.open(file) as img: arr = np.asarray(img)
-        except OSError as e: raise BadImage(f'{file}: cannot be read as a mask ({e})') from None
-        return (arr.max(2) if arr.ndim == 3 else arr) > 0
-    return read
+    return lambda: read_mask([file]) > 0
 
 _GUESSED = 'pictures have several classes; their boxes were given the first'
 

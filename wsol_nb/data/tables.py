@@ -13,7 +13,8 @@ from ..core import expect
 from ..images import BadImage
 from .conventions import CONVENTIONS, likely_convention
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, picture_size, sound_box, split_of)
+                                      numbers_of, only_file, picture_size, sound_box,
+                                      split_of)
 from .layout import place_picture
 
 # %% ../../nbs/0_ground/21_tables.ipynb #6e020fb6
@@ -128,19 +129,16 @@ def read_csv(
     convention:str=None, # of the boxes, of `CONVENTIONS`; None: as heading or numbers say
 )->Found:
     "A table of images as pictures with objects; what is bad is named and left out."
-    source, found = Path(source), Found()
-    files = sorted(source.glob('*.csv')) if source.is_dir() else [source]
-    one = len(files) == 1 and files[0].is_file()
-    expect(one, 'source', str(source), 'a CSV file, or a folder with one')
-    lines, named = _read_lines(files[0], found)
-    pictures = _pictures(files[0], lines, found)
+    file, found = only_file(source, '.csv', 'CSV'), Found()
+    lines, named = _read_lines(file, found)
+    pictures = _pictures(file, lines, found)
     boxed = [(pictures[i, s], b) for _, i, s, _, b in lines if b and pictures[i, s] is not None]
     convention = convention or named or _convention(boxed, found)
     for n, image, split, names, numbers in lines:
         p = pictures[image, split]
         if p is None: continue
         try: _add(p, names, numbers, convention, found.tally)
-        except ValueError as e: found.bad(f'{files[0].name} line {n}', e)
+        except ValueError as e: found.bad(f'{file.name} line {n}', e)
     found.pictures = [p for p in pictures.values() if p is not None]
     return found
 

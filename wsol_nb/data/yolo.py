@@ -6,7 +6,6 @@
 __all__ = ['read_yolo', 'write_yolo']
 
 # %% ../../nbs/0_ground/20_yolo.ipynb #ef7bd463
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +15,12 @@ from ..core import expect
 from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, picture_size, sound_box, split_of)
+                                      numbers_of, outlined, picture_size, pictures_below,
+                                      sound_box, split_of)
 from .layout import place_picture
-from .manifest import SUFFIXES
-from .outline import fill, one_ring, outlines
+from .outline import one_ring, outlines
 
 # %% ../../nbs/0_ground/20_yolo.ipynb #318f4a7f
-def _filled(ring, size): return fill([ring*size], (size[1], size[0]))
-
-def _polygon(shares, name, size, convention, tally):
-    "Corners of a polygon as a thing, with the box around them."
-    ring = np.array(shares).reshape(-1, 2)
-    edges = np.concatenate([ring.min(0), ring.max(0)])
-    box = sound_box(edges, size, 'fractions', tally)
-    return Thing(name, box, partial(_filled, ring.clip(0, 1), size))
-
 def _thing(line, names, size, convention, tally):
     "A line as a thing, or ValueError."
     kind, *fields = line.split()
@@ -39,7 +29,7 @@ def _thing(line, names, size, convention, tally):
     if len(fields) != 4 and not corners:
         raise ValueError(f'expected class and 4 numbers or 3 corners and more, got {line[:80]!r}')
     numbers = numbers_of(fields, len(fields))
-    if corners: return _polygon(numbers, names[kind], size, convention, tally)
+    if corners: return outlined(names[kind], np.array(numbers).reshape(-1, 2), size, tally)
     return Thing(names[kind], sound_box(numbers, size, convention, tally))
 
 # %% ../../nbs/0_ground/20_yolo.ipynb #0d3a1f22
@@ -71,7 +61,7 @@ def _place(entry, file, base):
 
 def _listed(place):
     "The pictures of a folder, or of a text file that lists them."
-    if place.is_dir(): return sorted(f for f in place.rglob('*') if f.suffix.lower() in SUFFIXES)
+    if place.is_dir(): return pictures_below(place)
     lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
     return [Path(line) if Path(line).is_file() else place.parent/line for line in lines]
 
