@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import images, raises, same
+from helpers import raises, same
 from test_conformance import LAYERED, LOCALIZERS, TOP_DOWN
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm

@@ -14,7 +14,7 @@ import torch
 from wsol_nb.cam.gradient import (
     CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM,
     weighted_sum)
-from wsol_nb.cam.layers import feature_layer
+from wsol_nb.cam.choice import feature_layer
 from wsol_nb.core import minmax
 from wsol_nb.localize.maps import to_score_maps
 import timm

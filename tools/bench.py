@@ -41,6 +41,7 @@ from wsol_nb.registry import entries
 from wsol_nb.results import hardware
 from wsol_nb.scoring.loop import make_report
 from wsol_nb.scoring.scorer import Scorer
+from gpu_kit import peak_mb
 from loader_times import loaders
 
 
@@ -283,20 +284,6 @@ def scorecam(k=64, repeat=5):
           f'in bfloat16 {t["peer"]/t["bfloat16"]:.2f} times (with float32 {corr("bfloat16", "float32"):.5f})')
 
 
-def peak_mb(f, cuda):
-    "Most memory that tensors made by a call hold at a time, in MB."
-    if cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        f()
-        return (torch.cuda.max_memory_allocated() - before)/2**20
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as p: f()
-    events = [e for e in p.profiler.kineto_results.events() if e.name() == '[memory]']
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())] or [0])
-    return held.max(initial=0)/2**20
-
-
 def crf_images(n, generator):
     "(n,3,224,224) images by name: noise, and birds where there are some."
     images, data = dict(noise=torch.rand(n, 3, 224, 224, generator=generator)), env_folder('WSOL_DATA')
@@ -329,7 +316,7 @@ def crf(n=8, out='nbs/results/crf_times.csv'):
         once = lambda: torch.autograd.grad(loss(I, S), S)
         t = in_turns(dict(crf=waited(once), step=step), 1 if size == 224 and cell is None else 3)
         row = dict(images=kind, batch=n, size=size, way='exact' if cell is None else f'grid {cell}')
-        row |= dict(ms=round(1e3*t['crf'], 1), peak_mb=round(peak_mb(once, cuda), 1))
+        row |= dict(ms=round(1e3*t['crf'], 1), peak_mb=round(peak_mb(once, device), 1))
         row |= dict(full_w_mb=round(n*size**4*4/2**20))
         row |= dict(step_ms=round(1e3*t['step']), share_of_step=round(t['crf']/(t['crf'] + t['step']), 3))
         print('  '.join(f'{k} {v}' for k, v in row.items()), flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from wsol_nb.cam.excitation import ExcitationBackprop, FeedbackCAM
 from wsol_nb.cam.gradient import (
     CAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, SmoothGradCAMPlusPlus, XGradCAM)
-from wsol_nb.cam.layers import feature_layer
+from wsol_nb.cam.choice import feature_layer
 from wsol_nb.cam.score import ISCAM, SSCAM, AblationCAM, ScoreCAM
 from wsol_nb.results import Rows, origin, results_folder
 import torch

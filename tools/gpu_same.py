@@ -16,7 +16,6 @@ import torch
 from gpu_kit import FEW, ask, few, fitting, nets
 from torch import nn
 
-import wsol_nb
 from wsol_nb.localize.base import HeadMaps
 from wsol_nb.registry import entries
 from wsol_nb.scoring.loop import evaluate

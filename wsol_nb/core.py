@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'PIXELS', 'expect', 'check_positive', 'set_seed', 'notebook_defaults', 'assert_same', 'plain_tensor',
            'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'env_folder', 'whole_file', 'named_damage',
-           'keep_memory']
+           'differing', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
 import ctypes, importlib.util, math, os, random, re, sys, uuid
@@ -220,6 +220,19 @@ def named_damage(
         if type(e).__name__ not in _DAMAGE: raise
         why = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "it is cut"}'
         raise ValueError(f'{path}: is damaged ({why[:200]})' + f'; {hope}'*bool(hope)) from e
+
+# %% ../nbs/0_ground/00_core.ipynb #d1b042f5
+def differing(
+    old, new, # nested settings
+    at:str='', # where they stand
+)->list: # of (name, old value, new value); None where a side has none
+    "The settings that differ, by their names."
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(at, old, new)]
+    found = []
+    for k in sorted(old.keys() | new.keys()):
+        found += differing(old.get(k), new.get(k), f'{at}.{k}'.strip('.'))
+    return found
 
 # %% ../nbs/0_ground/00_core.ipynb #0060b9d7
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3 # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD

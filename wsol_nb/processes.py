@@ -7,7 +7,7 @@ __all__ = ['rank', 'world_size', 'is_first', 'barrier', 'every', 'first_only', '
            'rand_images', 'batch_count', 'ProcessLost', 'losses_said', 'joined', 'check_joined']
 
 # %% ../nbs/0_ground/04_processes.ipynb #f1c830d3
-import os, signal, sys, threading
+import os, signal, threading
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import wraps
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .core import expect
+from .devices import draw
 
 # %% ../nbs/0_ground/04_processes.ipynb #dc56385a
 def _together():
@@ -95,8 +96,8 @@ def rand_images(
     "Uniform numbers in [0,1) for each image, the same however many processes share the batch."
     own, whole = _batch[-1] if _batch else (slice(0, n), n)
     if own.stop - own.start != n: # not the images of the step
-        return torch.rand(n, *shape, generator=generator, device='cpu')
-    return torch.rand(whole, *shape, generator=generator, device='cpu')[own]
+        return draw((n, *shape), generator)
+    return draw((whole, *shape), generator)[own]
 
 # %% ../nbs/0_ground/04_processes.ipynb #4702fea2
 def batch_count(

@@ -6,7 +6,6 @@
 __all__ = ['LAYOUTS', 'find_layer', 'Layer', 'check_call', 'check_layout', 'feature_layer']
 
 # %% ../../nbs/3_cam/01_choice.ipynb #867cd06b
-import warnings
 from typing import NamedTuple
 
 import torch

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
 from wsol_nb.cam.choice import (
-    Layer, channels_first, check_call, check_layout, feature_layer, find_features, find_layer,
+    Layer, channels_first, check_call, check_layout, find_features, find_layer,
     find_layout)
 from .trace import Trace, eager, hooked, leaf
 from ..core import expect

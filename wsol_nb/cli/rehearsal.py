@@ -10,6 +10,7 @@ import sys, tempfile, time
 
 import torch
 
+from ..data.levels import most_and_least
 from ..data.manifest import labels_of
 from ..train.fit import learner_from_config
 from fastai.callback.core import Callback, CancelFitException
@@ -20,9 +21,8 @@ def _classes_line(dls):
     df = dls.info.manifest
     counts = labels_of(df[df.split == dls.info.roles['train']]).explode().value_counts()
     names = dict(zip(dls.class_ids.tolist(), dls.vocab))
-    said = [f'{names[k]} {n}' for k, n in counts.items() if k in names]
-    if len(said) > 6: said = said[:3] + ['…'] + said[-3:]
-    return f'classes: {dls.c} ({", ".join(said)} training images)'
+    said = most_and_least([(names[k], n) for k, n in counts.items() if k in names])
+    return f'classes: {dls.c} ({said} training images)'
 
 def _data_lines(dls):
     "What the data are."

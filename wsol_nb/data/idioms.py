@@ -14,7 +14,7 @@ from fastcore.foundation import L
 
 from .dataset import WSOLDL, DataInfo, WSOLDataset
 from fastai.data.core import TfmdDL
-from fastai.data.transforms import CategoryMap, MultiCategory
+from fastai.data.transforms import CategoryMap
 from fastai.torch_core import TensorCategory, TensorImage, TensorMultiCategory
 
 # %% ../../nbs/0_ground/34_idioms.ipynb #1b306b1d

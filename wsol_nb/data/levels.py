@@ -204,14 +204,14 @@ def check_beside(
     return notes
 
 # %% ../../nbs/0_ground/08_levels.ipynb #19026f96
-def _some(counts):
+def most_and_least(counts):
     "The three largest and the three smallest of `(name, count)`, all where there are six."
     said = [f'{name} {n}' for name, n in counts]
     return ', '.join(said if len(said) < 7 else [*said[:3], '…', *said[-3:]])
 
 def class_counts(df):
     "What is said of the classes of each split of a manifest."
-    return [_some(Counter(part.class_name).most_common())
+    return [most_and_least(Counter(part.class_name).most_common())
             for _, part in df.groupby('split', sort=False)]
 
 # %% ../../nbs/0_ground/08_levels.ipynb #dfffe01b

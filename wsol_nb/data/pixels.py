@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images import read_image
+from ..images import orientation, read_image
 
 # %% ../../nbs/0_ground/30_pixels.ipynb #ada7183a
 def reduction(
@@ -26,8 +26,6 @@ def reduction(
     return 2**sum(enough)
 
 # %% ../../nbs/0_ground/30_pixels.ipynb #25e4a5ca
-_ORIENTATION = 0x0112 # the EXIF tag; from 5 on the picture lies on its side
-
 def _frame(data):
     "(W,H) of a JPEG with three colours, None of another file; nothing else of it is read."
     at = 2
@@ -40,7 +38,7 @@ def _frame(data):
 
 def _lies(data):
     "Whether a file's EXIF says that the picture lies on its side."
-    with Image.open(io.BytesIO(data)) as img: return img.getexif().get(_ORIENTATION, 1) >= 5
+    with Image.open(io.BytesIO(data)) as img: return orientation(img) >= 5
 
 def _is_whole(data):
     "Whether a JPEG has its end; a few writers add zeros."

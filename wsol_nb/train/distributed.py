@@ -13,7 +13,6 @@ from operator import add
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import expect
@@ -157,7 +156,7 @@ def _shared_loaders(learn):
     finally: learn.dls.loaders = before
 
 @contextmanager
-def _silent(learn):
+def silent(learn):
     "Inside, no log and no bar."
     with learn.no_logging(), learn.no_bar(): yield
 
@@ -176,7 +175,7 @@ def distributed(
     with ExitStack() as stack:
         stack.enter_context(_shared_loaders(learn))
         if sync_bn and on_gpu: stack.enter_context(synced_batch_norms(model))
-        if rank(): stack.enter_context(_silent(learn))
+        if rank(): stack.enter_context(silent(learn))
         stack.enter_context(learn.added_cbs([_Common(), _StandIn()]))
         try: yield learn
         finally: learn.model = model

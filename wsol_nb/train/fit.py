@@ -13,6 +13,7 @@ from pathlib import Path
 from ..processes import joined, losses_said
 from ..scoring.loop import evaluate
 from .checkpoint import Checkpoint, KeepBest, forget_previous, keep, resume
+from .distributed import silent
 from .guard import check_continued, check_same_data, run_lock, seen_data
 from .learner import WSOLLearner, wsol_learner
 from .method import OPTIMIZERS, method_from_dict
@@ -116,11 +117,6 @@ def _time_of_all(seconds, train, done):
     left = train['epochs'] - done
     return {k: round(v*train['epochs']/left, 1) for k, v in seconds.items()} if left else {}
 
-@contextmanager
-def _silent(learn):
-    "Inside, no bar and no log."
-    with learn.no_bar(), learn.no_logging(): yield
-
 @joined()
 def fit_run(
     config:dict, # see the table
@@ -132,6 +128,6 @@ def fit_run(
     with run_lock(out):
         learn, train = begin_run(config, out), config['train']
         cpu, wall = time.process_time(), time.time()
-        with nullcontext() if progress else _silent(learn): done = fit_left(learn, train, out)
+        with nullcontext() if progress else silent(learn): done = fit_left(learn, train, out)
         took = dict(cpu_seconds=time.process_time() - cpu, wall_seconds=time.time() - wall)
         return learn, finish_run(learn, train | _time_of_all(took, train, done), out, progress)

@@ -14,7 +14,7 @@ import cv2
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 
-from ...core import expect
+from ...core import differing, expect
 from .base import World, check_number, nth_scene
 from .objects import ObjectsWorld
 
@@ -52,16 +52,6 @@ def _write_split(images, meta, world, split, numbers, seed):
         for rest, row in zip(lists.values(), rows, strict=True): rest.append(row)
     for name, rest in lists.items(): _write_lines(meta/split/f'{name}.txt', rest)
 
-# %% ../../../nbs/0_ground/27_disk.ipynb #7df4c39a
-def _differences(old, new, at=''):
-    "Every setting in which two nested dicts differ, as text."
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f'{at}: {old} there, {new} asked']
-    found = []
-    for k in sorted(old.keys() | new.keys()):
-        found += _differences(old.get(k), new.get(k), f'{at}.{k}'.strip('.'))
-    return found
-
 # %% ../../../nbs/0_ground/27_disk.ipynb #fda8e13e
 def _count(images):
     "How many images and masks lie in a world's folder."
@@ -78,7 +68,8 @@ def _make_room(images, meta, config, overwrite):
     "Clear the place of a world that is not whole, or refuse what is none or another one."
     stamp, started = meta/'world.json', meta/'world.json.part'
     if stamp.exists():
-        differ = _differences(json.loads(stamp.read_text()), config)
+        differ = [f'{name}: {old} there, {new} asked'
+                  for name, old, new in differing(json.loads(stamp.read_text()), config)]
         if differ and not overwrite:
             raise ValueError(f'name: {images} holds another world ({"; ".join(differ)}), '
                              'expected overwrite=True or a new name')
