@@ -86,12 +86,19 @@ def _loaders(run, split, data, **how):
     return dls
 
 # %% ../../nbs/9_tools/04_evaluate.ipynb #f352447a
+def _save_images(report, file):
+    "The table of images, whole or not at all; the first process writes it."
+    from wsol_nb.core import whole_file
+    from wsol_nb.processes import is_first
+    if not is_first(): return
+    with whole_file(file) as part: report.images.to_csv(part, index=False)
+
 def _written(report, localizer, dls, out, name):
     "Save a report with its table of images and its page, and print it."
     from wsol_nb.show import write_report
     split = report.protocol['split']
     report.save(out/f'report-{split}.json')
-    report.images.to_csv(out/f'images-{split}.csv', index=False)
+    _save_images(report, out/f'images-{split}.csv')
     title, page = f'{name} on {split}', out/f'report-{split}.html'
     print(f'{report}\nwritten: {write_report(page, report, localizer, dls, title)}')
     return report
