@@ -200,7 +200,7 @@ def check_beside(
     splits = [name for name in beside if split_named(name)]
     if split_named(root.name) and splits:
         notes.append(f'{", ".join(splits)} beside {root.name} are not read; '
-                     f'for all splits name {root.parent}')
+                     f'for all splits name the folder above, {root.parent.name}')
     return notes
 
 # %% ../../nbs/0_ground/08_levels.ipynb #19026f96
