@@ -29,7 +29,10 @@ from fastai.torch_core import to_detach as detached
 
 # %% ../../nbs/0_ground/33_dataset.ipynb #d321e1bb
 def _placed(stored, recipe, size, resize, geometry):
-    "A stored map (float) or labels (uint8) as a tensor, through the image's crop and flip."
+    "A stored map (float), several, or labels (uint8), through the image's crop and flip."
+    if stored.ndim == 3:
+        each = [_placed(one, recipe, size, resize, geometry) for one in stored]
+        return torch.stack(each)
     if stored.dtype != np.uint8: # a map, float32
         img = Image.fromarray(stored.astype(np.float32), mode='F')
         return torch.from_numpy(np.array(recipe.place(img, size, resize, geometry)))
