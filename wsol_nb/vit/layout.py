@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AttentionLayer', 'AttentionLayout', 'in_words', 'layers_of', 'learn_attention']
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #18922878
+# %% ../../nbs/7_transformers/01_layout.ipynb #08352b3c
 import math
 from collections import Counter
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from ..localize.base import model_intact, unwrap
 from .rows import attention_calls
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #56e1510a
+# %% ../../nbs/7_transformers/01_layout.ipynb #fe7abd26
 _CHANNELS = 'XCA', 'ChannelAttention', 'ChannelAttentionV2'
 _PART = 'it attends within windows', 'reduced'
 
@@ -27,7 +27,7 @@ def _of_shape(c, B): # reason or None
     n, m = c.shape[2:]
     if n not in (1, m): return f'reduced: {n} queries look at {m} keys'
     if c.kind in _CHANNELS: return f'{n} channels attend to channels'
-    if n > 1 and c.tokens not in (None, n): return f'reduced: {n} queries and keys of {c.tokens} tokens'
+    if n > 1 and c.tokens not in (None, n): return f'reduced: {n} queries of {c.tokens} tokens'
 
 def _reasons(calls, B):
     "The same of all calls of a net; and of those whose module mixes several."
@@ -39,7 +39,7 @@ def _reasons(calls, B):
         if many[c.name, c.number] > 1: return f'it runs {many[c.name, c.number]} times in a pass'
     return [of(c) for c in calls]
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #998a4c7a
+# %% ../../nbs/7_transformers/01_layout.ipynb #1250d071
 def prefix_of(model):
     "How many tokens stand before the patches, as far as the model says."
     told = [m.num_prefix_tokens for m in model.modules() if hasattr(m, 'num_prefix_tokens')]
@@ -60,7 +60,7 @@ def _grid(n, size):
     best = min(pairs, key=lambda p: _off(p, size))
     return best if _off(best, size) < .3 else None
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #95ba1c23
+# %% ../../nbs/7_transformers/01_layout.ipynb #a44ddbfd
 class AttentionLayer(NamedTuple):
     "A call of attention whose rows lie over the patches of an image."
     name: str   # dotted name of the module
@@ -82,7 +82,7 @@ class AttentionLayout(NamedTuple):
         "What a row says of the patches, as maps; prefix tokens are dropped."
         return row[..., -math.prod(self.grid):].unflatten(-1, self.grid)
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #9c394f8c
+# %% ../../nbs/7_transformers/01_layout.ipynb #1c6efadb
 def in_words(left_out:dict)->str:
     "Reasons with how many calls each has kept out."
     return '; '.join(f'{len(names)} × {why}' for why, names in left_out.items())
@@ -103,7 +103,7 @@ def layers_of(
     said = f'; left out: {in_words(layout.left_out)}' if layout.left_out else ''
     raise ValueError(f'{layout.net} has {no}{said}')
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #47677133
+# %% ../../nbs/7_transformers/01_layout.ipynb #a7251aaf
 def _left(calls, reasons): return [c for c, why in zip(calls, reasons) if why is None]
 
 def _take_turns(calls, reasons):
@@ -120,7 +120,7 @@ def _find_grid(calls, reasons, prefix, size):
     grids = [_grid(n - p, size) for p in dict.fromkeys((prefix, 0, 1)) if n > p]
     return min(filter(None, grids), key=lambda g: _off(g, size), default=None)
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #34741d19
+# %% ../../nbs/7_transformers/01_layout.ipynb #9beecb72
 def _on_the_grid(calls, reasons, n, prefix):
     "Reasons with those that a grid of `n` patches adds."
     partial = {c.kind for c, why in zip(calls, reasons) if why and why.startswith(_PART)}
@@ -139,7 +139,7 @@ def _sorted(calls, B, prefix, size):
     if grid is None: return None, [why or 'its keys lie on no grid' for why in reasons]
     return grid, _on_the_grid(calls, reasons, math.prod(grid), prefix)
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #112a9ff2
+# %% ../../nbs/7_transformers/01_layout.ipynb #4f263059
 def _layer(c, grid, has_class):
     alone, before = c.shape[2] == 1, c.shape[3] - math.prod(grid)
     row = alone or before > 0 and has_class
@@ -160,7 +160,7 @@ def _check_not_compiled(model):
     if shut: raise ValueError(f'{shut[0] or type(model).__name__!r} is compiled: what it computes '
                               'cannot be watched; read the module that it was made of')
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #895ad6ed
+# %% ../../nbs/7_transformers/01_layout.ipynb #c63f0f9b
 def learn_attention(
     model, # a module, such as a net of timm
     x, # (B,3,H,W) images
