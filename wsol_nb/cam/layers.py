@@ -43,7 +43,7 @@ class Seen:
         self._grads = None
 
     def first(self, ts):
-        n = len(self.x)
+        n = len(self.logits)
         return [channels_first(t, l.layout, n) for t, l in zip(ts, self.layers)]
 
     def gradients(self, target, create_graph):
