@@ -11,6 +11,7 @@ from functools import partial
 
 import cv2
 import numpy as np
+import pandas as pd
 
 from ..core import expect
 from ..data.interchange import Found, Thing, picture_size
@@ -54,6 +55,15 @@ def _things(p, store, tau, masks):
     mask = partial(map_mask, store, p.image_id, tau, picture_size(p.file)) if masks else None
     return [Thing(p.classes[0], box, mask)]
 
+# %% ../../nbs/1_evaluation/15_annotate.ipynb #f7aa85a3
+def _table(found):
+    "Image ids and classes of a dataset, as a store of maps is told them."
+    ids = {name: i for i, name in found.classes.items()}
+    labels = [ids.get(next(iter(p.classes), None), -1) for p in found.pictures]
+    table = pd.DataFrame(dict(image_id=[p.image_id for p in found.pictures], label=labels))
+    table.attrs['names'] = found.classes
+    return table
+
 # %% ../../nbs/1_evaluation/15_annotate.ipynb #88baf087
 def annotate(
     found:Found, # a dataset
@@ -65,6 +75,7 @@ def annotate(
     expect(0 < tau < 1, 'tau', tau, 'a threshold between 0 and 1')
     store = maps if isinstance(maps, MapStore) else MapStore(maps)
     expect(store.root.is_dir(), 'maps', str(store.root), 'a folder of score maps')
+    for note in store.match(_table(found)): print(note)
     out = Found(classes=found.classes, problems=list(found.problems), tally=found.tally)
     for p in found.pictures:
         try: things = _things(p, store, tau, masks)
