@@ -19,6 +19,11 @@ from ..data.stores import MapStore
 from ..metrics.contours import map_boxes
 
 # %% ../../nbs/1_evaluation/15_annotate.ipynb #3182e8e6
+def _in_picture(box, shape, size):
+    "The tight box of a map of `shape` (w,h) in its picture of `size` (W,H): all pixels it touches."
+    (x0, y0, x1, y1), (w, h), (W, H) = box, shape, size
+    return x0*W//w, y0*H//h, -(-(x1 + 1)*W//w) - 1, -(-(y1 + 1)*H//h) - 1
+
 def map_box(
     score_map, # (h,w) in [0,1]
     tau:float, # threshold
@@ -27,9 +32,7 @@ def map_box(
     "The box of the largest region of a map in pixels of its picture."
     if not np.any(score_map): return None
     found = map_boxes(score_map, [tau], tight=True)[0][0]
-    scale = np.tile(np.array(size)/score_map.shape[::-1], 2)
-    x0, y0, x1, y1 = ((found + [0, 0, 1, 1])*scale).round().astype(int).tolist()
-    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+    return _in_picture(found.tolist(), score_map.shape[::-1], size)
 
 def map_mask(
     store:MapStore,
