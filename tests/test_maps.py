@@ -1,5 +1,6 @@
 """Score maps of other projects: formats, depths, shapes and names are understood and said, or refused in a
 sentence; never understood wrongly."""
+import json
 import pickle
 import time
 import warnings
@@ -295,6 +296,12 @@ def test_from_the_command_line(world, known, tmp_path):
     a, b = (Report.load(tmp_path/f'{k}-out/report-test.json') for k in said)
     assert a.boxes['max_box_acc_v2'] == pytest.approx(b.boxes['max_box_acc_v2'], abs=.01)
     assert [r['tau'] for r in b.ledger] == ['oracle', 'val', 'fixed']
+    assert [r['name'] for r in b.by_class] == list(df.attrs['names'].values())
+    assert 'CorLoc δ=0.5 by class: ' in said['arrays'] and all(r['name'] in b._repr_html_() for r in b.by_class)
+    older = json.loads((tmp_path/'arrays-out/report-test.json').read_text())
+    del older['by_class'] # as reports were before
+    (tmp_path/'older.json').write_text(json.dumps(older))
+    assert Report.load(tmp_path/'older.json').rows() == a.rows()
     one = next((tmp_path/'pictures').glob('test*.png'))
     hot(np.eye(SIZE)).save(one)
     wrong = wsol(*score, '--maps', tmp_path/'pictures', '--out', tmp_path/'again', code=1)

@@ -189,7 +189,8 @@ def score_maps(
         preset='as stored', size=size)
     carried = None
     if tau_from is not None and tau_from.taus: carried = tau_from.protocol['split'], tau_from.taus
-    report = make_report(scorer, protocol, carried=carried, seconds=time.time() - start)
+    names = df.drop_duplicates('label').sort_values('label').class_name
+    report = make_report(scorer, protocol, None, carried, time.time() - start, names)
     book.close()
     return report
 
