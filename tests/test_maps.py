@@ -297,7 +297,8 @@ def test_from_the_command_line(world, known, tmp_path):
     assert a.boxes['max_box_acc_v2'] == pytest.approx(b.boxes['max_box_acc_v2'], abs=.01)
     assert [r['tau'] for r in b.ledger] == ['oracle', 'val', 'fixed']
     assert [r['name'] for r in b.by_class] == list(df.attrs['names'].values())
-    assert 'CorLoc δ=0.5 by class: ' in said['arrays'] and all(r['name'] in b._repr_html_() for r in b.by_class)
+    assert 'CorLoc δ=0.5 by class: ' in said['arrays']
+    assert all(r['name'] in b._repr_html_() for r in b.by_class)
     older = json.loads((tmp_path/'arrays-out/report-test.json').read_text())
     del older['by_class'] # as reports were before
     (tmp_path/'older.json').write_text(json.dumps(older))

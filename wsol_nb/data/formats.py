@@ -36,6 +36,13 @@ def _links(file, root, out):
     return links
 
 # %% ../../nbs/0_ground/09_formats.ipynb #63fd1058
+def _whole(place, file, to):
+    "Place a file; half of one does not stay."
+    try: place(file, to)
+    except OSError:
+        to.unlink(missing_ok=True)
+        raise
+
 def place_picture(
     file, # an image
     to, # where it should be
@@ -46,7 +53,7 @@ def place_picture(
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.exists(): return
     try: os.link(file, to)
-    except OSError: otherwise(file, to)
+    except OSError: _whole(otherwise, file, to)
 
 # %% ../../nbs/0_ground/09_formats.ipynb #5c4ad395
 def link_shots(
