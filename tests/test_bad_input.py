@@ -107,7 +107,7 @@ def test_empty_split(copy):
 def test_split_with_unseen_classes(copy):
     root, edit = copy
     edit('test', 'class_labels', lambda ls: [ls[0].rsplit(',', 1)[0] + ',77', *ls[1:]])
-    raises("split 'test' has classes [77] that are not in 'train'", load, root)
+    raises("split 'test' has classes that are not in 'train'", load, root)
 
 
 def test_duplicate_and_unknown_ids(copy):

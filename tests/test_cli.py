@@ -81,7 +81,11 @@ def test_localize_size_and_rotation(run, world, tmp_path):
     assert np.abs(c['box'] - a['box']).max() <= 6
     assert Image.open(tmp_path/'c-overlay.jpg').size == img.size
     Image.new('RGB', (1, 1)).save(tmp_path/'dot.png')
-    dot, = wsol_localize(run, tmp_path/'dot.png', out=tmp_path/'dot')
+    (tmp_path/'dots').mkdir()
+    (tmp_path/'dots/linked').symlink_to('nowhere')
+    (tmp_path/'dots/dot.png').symlink_to(tmp_path/'dot.png')
+    lost, dot = wsol_localize(run, tmp_path/'dots', out=tmp_path/'dot')
+    assert lost['problem'] == f'{tmp_path}/dots/linked: is one of the links to nothing'
     assert dot['box'] is None # a single pixel says nothing about where
 
 

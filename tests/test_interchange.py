@@ -89,6 +89,23 @@ def test_there_and_back(birds, format, tmp_path):
             assert_same(a.mask(), b.mask())
 
 
+@pytest.mark.parametrize('format', ['voc', 'coco', 'yolo', 'csv'])
+def test_linked_hidden_and_closed_folders(birds, format, tmp_path):
+    "Annotations and pictures behind links are read, hidden ones are not; what leads nowhere is a problem."
+    write_any(without_masks(birds), tmp_path/'there', format)
+    (tmp_path/'in').mkdir()
+    for f in (tmp_path/'there').iterdir():
+        if f.is_dir(): (tmp_path/'in'/f.name).symlink_to(f)
+        else: shutil.copy(f, tmp_path/'in'/f.name)
+    before = read_any(tmp_path/'in', format)
+    assert boxes(before) == boxes(birds) and not before.problems
+    shutil.copytree(tmp_path/'there', tmp_path/'in/.cache')
+    (tmp_path/'in/gone').symlink_to('nowhere')
+    after = read_any(tmp_path/'in', format)
+    assert boxes(after) == boxes(birds) and after.tally == before.tally
+    assert after.problems == [(str(tmp_path/'in/gone'), 'is one of the links to nothing')]
+
+
 def test_yolo_by_its_documentation(birds, tmp_path):
     "`class cx cy w h`, shares of the sides, in labels/<split>/<name>.txt."
     write_any(without_masks(birds), tmp_path/'out', 'yolo')
@@ -185,8 +202,8 @@ def test_maps_become_annotations(birds, tmp_path):
     drawn = annotate(birds, store, .5)
     for p in drawn.pictures:
         (w, h), (t,) = p.size, p.things
-        edges = np.round([w/8, h/4, 5*w/8, 6*h/8]).astype(int)
-        assert t.box == (edges[0], edges[1], edges[2] - 1, edges[3] - 1)
+        low, high = np.floor([w/8, h/4]).astype(int), np.ceil([5*w/8, 6*h/8]).astype(int)
+        assert t.box == (*low, *(high - 1)) # all pixels that the map's touch
         assert t.mask().shape == (h, w) and t.mask().any()
     write_layout(drawn, tmp_path/'data', 'DRAWN')
     assert check_manifest(read_metadata(tmp_path/'data', 'DRAWN')).empty

@@ -64,6 +64,7 @@ def _eval_maps(maps, metadata, dataset, split, size, tau_from, out, **scoring):
     from wsol_nb.scoring.stored import score_maps
     root, name = _root(metadata, dataset)
     df, store = read_metadata(root, name), MapStore(maps)
+    for note in store.match(df): print(note)
     out = Path(out or f'{Path(maps).resolve().name}-report')
     common = scoring | dict(size=size, name=f'maps in {Path(maps).name}', dataset=name)
     def score(s, **how):
@@ -152,7 +153,7 @@ def wsol_eval(
     # how maps are made: wsoleval, early, prob or interpolation-order; default: the method's own
     preset:str=None,
     tau_from:str='tune', # split whose τs are carried over; none: no split
-    maps:str=None, # score this folder of <image_id>.npy maps instead of a run
+    maps:str=None, # score this folder of <image_id>.npy, .npz, .png, .tif or .pt maps, not a run
     arch:str=None, # score a ready net of timm as it is, e.g. mobilenetv2_100
     pretrained:str='true', # with --arch: true (WSOL_WEIGHTS, then timm's hub) or a weights file
     localizer:str='headmaps', # with --arch: what makes its maps

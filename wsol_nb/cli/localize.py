@@ -6,7 +6,7 @@
 __all__ = ['localize_photo', 'wsol_localize']
 
 # %% ../../nbs/9_tools/05_localize.ipynb #24e4b346
-import glob, math
+import glob
 from collections import Counter
 from pathlib import Path
 
@@ -26,13 +26,6 @@ def _shape_of_map(width, height):
     "(w, h) of the map of a photo: its shape, with at most 1024 pixels a side."
     shrink = max(1, max(width, height)/1024)
     return tuple(max(1, round(side/shrink)) for side in (width, height))
-
-def _photo_box(box, shape, size):
-    "The tight box from a map of `shape` (w,h), in a photo of `size` (W,H): all pixels it touches."
-    x0, y0, x1, y1 = box
-    fx, fy = size[0]/shape[0], size[1]/shape[1]
-    right, low = math.ceil((x1 + 1)*fx), math.ceil((y1 + 1)*fy)
-    return [int(x0*fx), int(y0*fy), min(right, size[0]) - 1, min(low, size[1]) - 1]
 
 # %% ../../nbs/9_tools/05_localize.ipynb #31416b8c
 def _look(run, img):
@@ -57,32 +50,35 @@ def localize_photo(
     "Class, probability and tight box of a photo, in its own pixels."
     import numpy as np
     from wsol_nb.images import read_image
-    from wsol_nb.metrics.contours import map_boxes
+    from wsol_nb.scoring.annotate import map_box
     tau, source = _threshold(run.config, tau)
     img = read_image(photo, exif=True)
     c, prob, s = _look(run, img)
-    found = map_boxes(s, [tau], tight=True)[0][0]
-    box = np.array(_photo_box(found, s.shape[::-1], img.size)) if s.any() else None
-    return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob, box=box,
+    box = map_box(s, tau, img.size)
+    return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob,
+                box=None if box is None else np.array(box),
                 tau=tau, tau_source=source, image=img, score_map=s)
 
 # %% ../../nbs/9_tools/05_localize.ipynb #fa7c8720
 def _files_of(name):
-    "The files that a name stands for."
-    from wsol_nb.data.manifest import SUFFIXES
+    "The files that a name stands for, and (path, what is wrong) of what cannot be opened there."
+    from wsol_nb.data.levels import faults_of, image_files
     place = Path(name)
-    if place.is_dir(): return [f for f in place.rglob('*') if f.suffix.lower() in SUFFIXES]
-    if place.exists() or not glob.has_magic(str(name)): return [place]
-    return map(Path, glob.glob(str(name), recursive=True))
+    if place.is_dir():
+        files, left = image_files(place)
+        lost = [(place/where, what) for *_, where, what in faults_of(left)]
+        return [place/f for f in files], lost
+    if place.exists() or not glob.has_magic(str(name)): return [place], []
+    return sorted(map(Path, glob.glob(str(name), recursive=True))), []
 
 def _photos(names):
-    "All files of all names, each name's in order; a name that stands for none is an error."
-    names, found = [names] if isinstance(names, (str, Path)) else names, []
+    "The files of all names, and what cannot be opened; a name that stands for none is an error."
+    names, found, lost = [names] if isinstance(names, (str, Path)) else names, [], []
     for name in names:
-        own = sorted(_files_of(name))
+        own, closed = _files_of(name)
         if not own: raise ValueError(f'photos: there is no picture in {name}')
-        found += own
-    return found
+        found, lost = found + own, lost + closed
+    return found, lost
 
 # %% ../../nbs/9_tools/05_localize.ipynb #11694089
 def _overlay_files(out, photos):
@@ -160,9 +156,11 @@ def wsol_localize(
     from wsol_nb.registry import import_file
     from wsol_nb.train.run import load_run
     if import_: import_file(import_)
-    run, photos, table = load_run(run), _photos(photos), Path(out)/'boxes.csv'
-    files, found = _overlay_files(out, photos), []
+    run, (photos, lost), table = load_run(run), _photos(photos), Path(out)/'boxes.csv'
+    files = _overlay_files(out, photos)
     if not overwrite: _refuse_over([*files, table])
+    found = [dict(photo=str(at), problem=f'{at}: {what}') for at, what in lost]
+    for f in found: print(f['problem'])
     for photo, file in progress_bar([*zip(photos, files)], leave=False):
         found.append(_one(run, photo, tau, file))
         print(found[-1].get('problem') or _line(found[-1]))

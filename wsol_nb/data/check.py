@@ -16,7 +16,7 @@ from fastprogress.fastprogress import progress_bar
 
 from ..images import BadImage, as_rgb, open_image, orientation
 from .conventions import CONVENTIONS, SHARES, fit, likely_convention
-from .manifest import COLUMNS, labels_of, problem_table
+from .manifest import COLUMNS, called, labels_of, problem_table
 from .turned import given_upright
 
 # %% ../../nbs/0_ground/14_check.ipynb #6b7edb75
@@ -135,8 +135,9 @@ def _new_classes(df, train):
     for s, part in labels[df.label >= 0].groupby(df.split, sort=False):
         new = sorted({l for ls in part for l in ls} - classes)
         if not new: continue
-        called = ', '.join(str(names.get(l, l)) for l in new[:5])
-        yield s, '', f'{s} class_labels', f'classes {new[:5]} ({called}) are not in {train!r}'
+        more = f' and {len(new) - 5} more'*(len(new) > 5)
+        what = f'classes {called(new[:5], names)}{more} are not in {train!r}'
+        yield s, '', f'{s} class_labels', what
 
 # %% ../../nbs/0_ground/14_check.ipynb #0cd3142f
 def _repeated(df):

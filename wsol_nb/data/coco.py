@@ -17,7 +17,8 @@ from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, read_json, sound_box, split_of)
-from .layout import place_picture
+from .formats import place_picture
+from .levels import files_below
 from .outline import outlines
 
 # %% ../../nbs/0_ground/19_coco.ipynb #cc004a46
@@ -81,7 +82,7 @@ def _load(file):
 def _files(source):
     "The COCO files of a source with their data: those called instances…, else all that are some."
     source = Path(source)
-    files = [source] if source.is_file() else sorted(source.rglob('*.json'))
+    files = [source] if source.is_file() else files_below(source, '.json')
     files = [f for f in files if f.name.startswith('instances')] or files
     found = [(f, data) for f in files if (data := _load(f)) is not None]
     expect(found, 'source', str(source), 'COCO: a JSON file with images, annotations, categories')

@@ -15,9 +15,10 @@ import numpy as np
 from ..core import expect
 from .coco import read_coco, write_coco
 from .conventions import CONVENTIONS, to_edges
-from .interchange import Found, PictureFiles, picture_size, read_json
+from .interchange import Found, picture_size, read_json
 from .labelstudio import read_labelstudio, write_labelstudio
 from .layout import read_layout, whole_folder
+from .levels import faults_of, files_below, image_files
 from .metadata import datasets_in
 from .tables import read_csv, write_csv
 from .voc import read_voc, write_voc
@@ -35,9 +36,11 @@ def _kinds(folder):
     "The formats that a folder may be in."
     if datasets_in(folder): return ['wsol']
     top = [f for f in folder.iterdir() if f.is_file()]
-    said = [_json_kind(f) for f in sorted(folder.rglob('*.json'))[:5]]
-    texts = any(f.suffix in ('.yaml', '.yml') for f in top) or any(folder.rglob('classes.txt'))
-    found = ['voc']*any(folder.rglob('*.xml')) + [k for k in said if k]
+    below = files_below(folder, '.json', '.txt', '.xml')
+    said = [_json_kind(f) for f in [f for f in below if f.suffix.lower() == '.json'][:5]]
+    texts = any(f.suffix in ('.yaml', '.yml') for f in top)
+    texts |= any(f.name == 'classes.txt' for f in below)
+    found = ['voc']*any(f.suffix.lower() == '.xml' for f in below) + [k for k in said if k]
     found += ['yolo']*texts + ['csv']*any(f.suffix == '.csv' for f in top)
     return list(dict.fromkeys(found))
 
@@ -79,9 +82,11 @@ def _reader(format, convention, masks, dataset):
 _UNUSED = 'pictures of the folder are named by no annotation and were left out'
 
 def _count_unused(found, source):
-    "Note how many pictures below a source are in nothing that was read."
+    "Note how many pictures below a source nothing names; name what cannot be opened."
     root = source if source.is_dir() else source.parent
-    files = {f for files in PictureFiles(root).by_name.values() for f in files}
+    pictures, left = image_files(root)
+    for *_, where, what in faults_of(left): found.bad(root/where, what)
+    files = {root/f for f in pictures}
     files = {f for f in files if not f.parent.name.startswith('Segmentation')} # VOC's masks
     unused = len(files - {Path(p.file) for p in found.pictures})
     if unused: found.tally[_UNUSED] += unused

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..devices import is_any, send
-from .manifest import labels_of
+from .manifest import called, labels_of
 
 # %% ../../nbs/0_ground/32_info.ipynb #e885169b
 def _all_classes(labels):
@@ -37,16 +37,18 @@ def _check_negative(info):
     "Refuse negative classes that training has not."
     strange = _strange([info.negative], info.class_ids)[:5]
     if not strange: return
-    n = len(info.class_ids)
-    raise ValueError(f'negative: classes {strange} are none of the {n} training classes')
+    known = called(info.class_ids[:20].tolist(), dict(zip(info.class_ids, info.class_names)))
+    raise ValueError(f'negative: classes {strange} are none of the {len(info.class_ids)} training '
+                     f'classes, {known}')
 
 def _check_splits(info, labels, names):
     "Refuse a split with classes that training has not."
     for split, part in labels.groupby(info.manifest.split, sort=False):
         new = _strange(part, info.class_ids)[:5]
         if not new: continue
-        train, called = info.roles.get('train', 'train'), ', '.join(map(str, names.reindex(new)))
-        raise ValueError(f'split {split!r} has classes {new} that are not in {train!r} ({called})')
+        train = info.roles.get('train', 'train')
+        raise ValueError(f'split {split!r} has classes that are not in {train!r}: '
+                         f'{called(new, names)}')
 
 # %% ../../nbs/0_ground/32_info.ipynb #ddc97b22
 def _classes(info, labels, names):
@@ -96,8 +98,9 @@ def targets(self:DataInfo, df):
     "Positions in `class_ids`, (n,) int64; several classes an image: multi-hot (n,C) float32."
     several = labels_of(df)
     if strange := _strange(several, self.class_ids)[:5]:
-        n = len(self.class_ids)
-        raise ValueError(f'label: classes {strange} are none of the {n} training classes')
+        n, names = len(self.class_ids), dict(zip(df.label, df.get('class_name', df.label)))
+        raise ValueError(f'label: classes {called(strange, names)} are none of the {n} training '
+                         'classes')
     if not self.multi_label: return np.searchsorted(self.class_ids, df.label.to_numpy())
     hot = np.zeros((len(df), len(self.class_ids)), np.float32)
     for row, ls in zip(hot, several): row[np.searchsorted(self.class_ids, ls)] = 1

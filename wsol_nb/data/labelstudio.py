@@ -18,7 +18,7 @@ from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, only_file, outlined, picture_size,
                                       read_json, sound_box, split_of)
-from .layout import place_picture
+from .formats import place_picture
 from .outline import one_ring, outlines
 
 # %% ../../nbs/0_ground/22_labelstudio.ipynb #c538d3cb

@@ -14,6 +14,8 @@ import pandas as pd
 from PIL import Image
 
 from ..core import check_boxes, check_score_map, expect, resize_boxes, whole_file
+from .mapfiles import MAP_SUFFIXES, PICTURES, one_map, read_map_file
+from .naming import Matched, describe_match, match_files, own_names
 from ..images import BadImage
 
 # %% ../../nbs/0_ground/10_stores.ipynb #e2eb5a28
@@ -85,15 +87,6 @@ class Truth:
 # %% ../../nbs/0_ground/10_stores.ipynb #66d6ec93
 def _array(a): return np.asarray(a.cpu() if hasattr(a, 'cpu') else a)
 
-def _stored_array(file, image_id):
-    "The numbers in a .npy file, or an error that names the image and the file."
-    try: a = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise ValueError(f'map of {image_id}: {file} cannot be read as an array ({e})') from None
-    if a.dtype.kind in 'fiub': return a
-    raise ValueError(f'map of {image_id}: expected numbers, got an array of {a.dtype}')
-
-# %% ../../nbs/0_ground/10_stores.ipynb #f9189a9c
 def _file_of(image_id):
     "The file of an image's map, from the root of its store."
     path = Path(str(image_id))
@@ -104,28 +97,89 @@ def _file_of(image_id):
 def _write(file, array):
     with whole_file(file) as part, open(part, 'wb') as f: np.save(f, array)
 
-def _read(store, image_id):
-    "What a store has of an image; an error where it has nothing."
+# %% ../../nbs/0_ground/10_stores.ipynb #2b7a15c4
+def _places(df):
+    "`{image id: position of its class}` and how many classes there are."
+    named = [c for c in df.attrs.get('names', ()) if c >= 0]
+    known = sorted(named or {c for c in df.label if c >= 0})
+    place = {c: k for k, c in enumerate(known)}
+    return {i: place.get(c) for i, c in zip(df.image_id, df.label)}, len(known)
+
+# %% ../../nbs/0_ground/10_stores.ipynb #6e589b84
+def _form_of(file, n_classes):
+    "How the numbers of a map file stand there; None where that is as usual, or cannot be read."
+    try: array, form = read_map_file(file)
+    except ValueError: return None
+    if file.suffix.lower() in PICTURES:
+        most = array.max(initial=0)
+        return form + f'; the first is nearly black, at most {most:.2g}'*bool(0 < most < .01)
+    several = array.ndim == 3 and len(array) == n_classes > 1
+    return f"{n_classes} maps each, of which that of the image's class counts"*several or None
+
+def _forms(root, found, n_classes):
+    "What is said of each kind of file that is somebody's, from the first of its kind."
+    first = {f.suffix.lower(): f for f in reversed(found.files.values())}
+    said = {suffix: _form_of(root/f, n_classes) for suffix, f in reversed(first.items())}
+    return [f'maps in {suffix}: {form}' for suffix, form in said.items() if form]
+
+# %% ../../nbs/0_ground/10_stores.ipynb #2fb9d47c
+def _files_of(store, image_id):
+    "Where the map of an image may be: as it is written, as it was matched, under its own id."
+    yield store.path(image_id)
+    found = store.matched.files.get(image_id)
+    if found: yield store.root/found
+    for suffix in store.suffixes:
+        for name in own_names(image_id): yield store.root/f'{name}{suffix}'
+
+def _refuse_doubt(store, image_id):
+    "An error where it was left open which file is the image's."
+    doubt = store.matched.doubts.get(image_id)
+    if doubt: raise ValueError(f'maps in {store.root}: {doubt}')
+
+def _there(store, image_id):
+    "The file of an image's map; an error where there is none."
     file = store.find(image_id)
     if file is None: raise ValueError(f'no stored map for {image_id!r} in {store.root}')
-    return _stored_array(file, image_id)
+    return file
+
+# %% ../../nbs/0_ground/10_stores.ipynb #2f1db75b
+def _own_map(store, image_id):
+    "An image's map, of several that of its class, as floats that are checked."
+    (places, n_classes), name = store.classes, f'map of {image_id}'
+    array, _ = read_map_file(_there(store, image_id), name)
+    array = one_map(array, places.get(image_id), n_classes, name)
+    dtype = np.float64 if array.dtype == np.float64 else np.float32
+    return check_score_map(array, name=name).astype(dtype)
+
+def _news(store, df):
+    "Learn the classes of a manifest; what was not said before on names and forms of the files."
+    store.classes, found = _places(df), store.matched
+    notes = describe_match(found) + _forms(store.root, found, store.classes[1])
+    new = [note for note in notes if note not in store.said]
+    store.said += new
+    return new
 
 # %% ../../nbs/0_ground/10_stores.ipynb #28476ec6
 class MapStore:
     "Score maps on disk, keyed by image id: `<root>/<image_id>.npy`, float, (H,W) in [0,1]."
+    suffixes = MAP_SUFFIXES # of files that are read
     def __init__(self,
-        root, # folder of the maps
-    ): self.root = Path(root)
+        root, # folder of the maps, of this library or of another project
+    ): self.root, self.matched, self.classes, self.said = Path(root), Matched(), ({}, 0), []
 
     def path(self, image_id):
         "Where the map of an image is written."
         return self.root/_file_of(image_id)
 
+    def match(self, df)->list: # sentences on unusual names and forms, each said once
+        "Find the maps of a manifest's images in the folder, whatever they are called."
+        self.matched = match_files(self.root, df.image_id, self.suffixes, PICTURES)
+        return _news(self, df)
+
     def find(self, image_id):
-        "The file of an image's map, or None; the id's suffix may be missing in its name."
-        file = self.path(image_id)
-        files = file, file.with_name(f'{Path(image_id).stem}.npy')
-        return next((f for f in files if f.is_file()), None)
+        "The file of an image's map, or None; ValueError where `match` left it in doubt."
+        _refuse_doubt(self, image_id)
+        return next((f for f in _files_of(self, image_id) if f.is_file()), None)
 
     def __contains__(self, image_id): return self.find(image_id) is not None
 
@@ -135,14 +189,13 @@ class MapStore:
         _write(self.path(image_id), score_map.astype(dtype))
 
     def load(self, image_id)->np.ndarray: # (H,W) float32, or float64 where it was written so
-        "Read a map; also found under the id without its suffix."
-        a = _read(self, image_id)
-        dtype = np.float64 if a.dtype == np.float64 else np.float32
-        return check_score_map(a, name=f'map of {image_id}').astype(dtype)
+        "Read a map, of several that of the image's class."
+        return _own_map(self, image_id)
 
 # %% ../../nbs/0_ground/10_stores.ipynb #05effd11
 class LabelStore(MapStore):
     "Pixel labels on disk, in the same layout: uint8 (H,W), a class or 255 for ignored."
+    suffixes = '.npy',
     def save(self, image_id, labels):
         "Write the labels of an image; they appear whole or not at all."
         a = _array(labels)
@@ -154,7 +207,7 @@ class LabelStore(MapStore):
 
     def load(self, image_id)->np.ndarray: # (H,W) uint8
         "Read the labels of an image."
-        a = _read(self, image_id)
+        a, _ = read_map_file(_there(self, image_id), f'labels of {image_id}')
         if a.ndim == 2 and a.dtype == np.uint8: return a
         raise ValueError(f'labels of {image_id}: expected uint8 of shape (H,W), '
                          f'got {a.dtype} {a.shape}')

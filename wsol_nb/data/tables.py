@@ -15,7 +15,7 @@ from .conventions import CONVENTIONS, likely_convention
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, only_file, picture_size, sound_box,
                                       split_of)
-from .layout import place_picture
+from .formats import place_picture
 
 # %% ../../nbs/0_ground/21_tables.ipynb #6e020fb6
 _HEADINGS = dict(

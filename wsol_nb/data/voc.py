@@ -17,7 +17,8 @@ from ..images import BadImage
 from .conventions import fit, from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
                                       numbers_of, picture_size, sound_box, split_of)
-from .layout import place_picture
+from .formats import place_picture
+from .levels import files_below
 
 # %% ../../nbs/0_ground/18_voc.ipynb #70d2c4f3
 _CORNERS = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -75,7 +76,8 @@ def _masked(p, base, stem, tally):
 # %% ../../nbs/0_ground/18_voc.ipynb #96fa45c0
 def _splits(root):
     "`{stem: [split, …]}` of all ImageSets/Main lists; trainval counts where there is no train."
-    lists = {f.stem: f for f in root.rglob('ImageSets/Main/*.txt')}
+    lists = {f.stem: f for f in files_below(root, '.txt')
+             if f.parent.parts[-2:] == ('ImageSets', 'Main')}
     kept = [n for n in ('train', 'val', 'test') if n in lists]
     if 'train' not in kept and 'trainval' in lists: kept.append('trainval')
     out = {}
@@ -128,7 +130,7 @@ def read_voc(
 )->Found:
     "Pascal VOC annotations as pictures with objects; what is bad is named and left out."
     root = Path(root)
-    xmls = sorted(root.rglob('*.xml'))
+    xmls = files_below(root, '.xml')
     expect(xmls, 'source', str(root), 'Pascal VOC: a folder with XML annotations, found none')
     files, splits, found = PictureFiles(root), _splits(root), Found()
     opened = {xml: one for xml in xmls if (one := _open(xml, files, found))}

@@ -15,9 +15,10 @@ from ..core import expect
 from ..images import BadImage
 from .conventions import from_edges, to_edges
 from .interchange import (Found, Picture, PictureFiles, Thing, box_of, flat_names,
-                                      numbers_of, outlined, picture_size, pictures_below,
-                                      sound_box, split_of)
-from .layout import place_picture
+                                      numbers_of, outlined, picture_size, sound_box,
+                                      split_of)
+from .formats import place_picture
+from .levels import files_below
 from .outline import one_ring, outlines
 
 # %% ../../nbs/0_ground/20_yolo.ipynb #318f4a7f
@@ -61,7 +62,7 @@ def _place(entry, file, base):
 
 def _listed(place):
     "The pictures of a folder, or of a text file that lists them."
-    if place.is_dir(): return pictures_below(place)
+    if place.is_dir(): return files_below(place)
     lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
     return [Path(line) if Path(line).is_file() else place.parent/line for line in lines]
 
@@ -79,7 +80,7 @@ def _of_yaml(file):
 
 def _of_folder(root, source):
     "The same of a set that has only its `classes.txt`."
-    files = sorted(root.rglob('classes.txt'))
+    files = [f for f in files_below(root, '.txt') if f.name == 'classes.txt']
     expect(files, 'source', str(source), 'YOLO: a YAML with names, or classes.txt; found neither')
     names = [line for line in files[0].read_text().splitlines() if line.strip()]
     pictures = _listed(root)

@@ -11,6 +11,7 @@ from functools import partial
 
 import cv2
 import numpy as np
+import pandas as pd
 
 from ..core import expect
 from ..data.interchange import Found, Thing, picture_size
@@ -18,6 +19,11 @@ from ..data.stores import MapStore
 from ..metrics.contours import map_boxes
 
 # %% ../../nbs/1_evaluation/15_annotate.ipynb #3182e8e6
+def _in_picture(box, shape, size):
+    "The tight box of a map of `shape` (w,h) in its picture of `size` (W,H): all pixels it touches."
+    (x0, y0, x1, y1), (w, h), (W, H) = box, shape, size
+    return x0*W//w, y0*H//h, -(-(x1 + 1)*W//w) - 1, -(-(y1 + 1)*H//h) - 1
+
 def map_box(
     score_map, # (h,w) in [0,1]
     tau:float, # threshold
@@ -26,9 +32,7 @@ def map_box(
     "The box of the largest region of a map in pixels of its picture."
     if not np.any(score_map): return None
     found = map_boxes(score_map, [tau], tight=True)[0][0]
-    scale = np.tile(np.array(size)/score_map.shape[::-1], 2)
-    x0, y0, x1, y1 = ((found + [0, 0, 1, 1])*scale).round().astype(int).tolist()
-    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+    return _in_picture(found.tolist(), score_map.shape[::-1], size)
 
 def map_mask(
     store:MapStore,
@@ -54,6 +58,15 @@ def _things(p, store, tau, masks):
     mask = partial(map_mask, store, p.image_id, tau, picture_size(p.file)) if masks else None
     return [Thing(p.classes[0], box, mask)]
 
+# %% ../../nbs/1_evaluation/15_annotate.ipynb #f7aa85a3
+def _table(found):
+    "Image ids and classes of a dataset, as a store of maps is told them."
+    ids = {name: i for i, name in found.classes.items()}
+    labels = [ids.get(next(iter(p.classes), None), -1) for p in found.pictures]
+    table = pd.DataFrame(dict(image_id=[p.image_id for p in found.pictures], label=labels))
+    table.attrs['names'] = found.classes
+    return table
+
 # %% ../../nbs/1_evaluation/15_annotate.ipynb #88baf087
 def annotate(
     found:Found, # a dataset
@@ -65,6 +78,7 @@ def annotate(
     expect(0 < tau < 1, 'tau', tau, 'a threshold between 0 and 1')
     store = maps if isinstance(maps, MapStore) else MapStore(maps)
     expect(store.root.is_dir(), 'maps', str(store.root), 'a folder of score maps')
+    for note in store.match(_table(found)): print(note)
     out = Found(classes=found.classes, problems=list(found.problems), tally=found.tally)
     for p in found.pictures:
         try: things = _things(p, store, tau, masks)

@@ -20,7 +20,7 @@ from ..localize.base import BoxLocalizer, Localizer
 from ..localize.maps import check_preset, reference_score_map
 from ..processes import every, is_first, rank, world_size
 from .classes import check_classes
-from .report import Report, supervision_ledger
+from .report import Report, class_rows, supervision_ledger
 from .scorer import Scorer
 
 # %% ../../nbs/1_evaluation/12_loop.ipynb #8f6ec933
@@ -44,6 +44,7 @@ def make_report(
     counts:dict=None, # further counts
     carried=None, # (split, `summary`) whose τs are carried over
     seconds:float=0., # that it took
+    names=None, # of the classes, by the positions that the scorer was told
 )->Report:
     "The report of what a scorer has counted."
     split, t = protocol['split'], scorer.tally
@@ -57,7 +58,8 @@ def make_report(
         pixels=got.get('boxes_px'), centre_pixels=got.get('centre_px'),
         ledger=supervision_ledger(scorer, split, carried) if got else [],
         taus=scorer.summary() if got else None,
-        counts=_left_out(t, got) | (counts or {}), seconds=seconds)
+        counts=_left_out(t, got) | (counts or {}), seconds=seconds,
+        by_class=class_rows(scorer, names) if names is not None else None)
 
 # %% ../../nbs/1_evaluation/12_loop.ipynb #4da8161a
 def gather_counts(
@@ -179,12 +181,12 @@ def _protocol(localizer, dls, part, preset, known):
 
 def _skipped(dls, part):
     "Images of a split that could not be read, and so are not in it."
-    return 0 if dls.skipped is None else int((dls.skipped.split == part.split).sum())
+    return dict(skipped_images=0 if dls.skipped is None else sum(dls.skipped.split == part.split))
 
 # %% ../../nbs/1_evaluation/12_loop.ipynb #73eba841
 def _full_report(scorer, rows, dls, part, protocol, carried, known):
     "The report with its table of images; among five classes or fewer, all are in the top 5."
-    report = make_report(scorer, protocol, dict(skipped_images=_skipped(dls, part)), carried)
+    report = make_report(scorer, protocol, _skipped(dls, part), carried, names=dls.vocab)
     if len(known.names) <= 5: report.accuracy['top5'] = None
     at = report.boxes['coverage']['tau'] if report.boxes else None
     taus = scorer.accs['boxes'].taus if report.boxes else None

@@ -28,6 +28,11 @@ from .report import Report
 from .scorer import Scorer
 
 # %% ../../nbs/1_evaluation/14_stored.ipynb #c0ad84ef
+def _unread(left):
+    "What other files lie in a folder, as the end of a sentence."
+    others = [f'{len(paths)} {kind}' for kind, paths in left.items() if kind.startswith('.')]
+    return f'; {", ".join(others[:5])} there were not read'*bool(others)
+
 def _map_files(store, ids, split):
     "The file of each image's map; a ValueError where one has none, or two have the same."
     files = {i: store.find(i) for i in ids}
@@ -35,40 +40,33 @@ def _map_files(store, ids, split):
     if lost:
         some = ', '.join(map(repr, lost[:5])) + (' …' if len(lost) > 5 else '')
         raise ValueError(f'{len(lost)} of {len(ids)} images of {split!r} have no map in '
-            f'{store.root}: {some}')
+            f'{store.root}: {some}{_unread(store.matched.left)}')
     files = pd.Series({i: str(f) for i, f in files.items()})
     again = files[files.duplicated()]
     if len(again):
         both = files.index[files.duplicated(keep=False)][:2].tolist()
         raise ValueError(f'{both} have one map file, {again.iloc[0]}')
-    return files
-
-# %% ../../nbs/1_evaluation/14_stored.ipynb #c46cf8a7
-def _no_ones_map(store, known):
-    "Files in the folder that are not `known`, relative to it; hidden ones do not count."
-    strange = sorted(set(map(str, store.root.rglob('*.npy'))) - known)
-    strange = [Path(f).relative_to(store.root).as_posix() for f in strange]
-    return [f for f in strange if not Path(f).name.startswith('.')]
 
 # %% ../../nbs/1_evaluation/14_stored.ipynb #6799695a
 def check_maps(
     store:MapStore, # the maps
     df:pd.DataFrame, # the manifest, all splits
     split:str, # the one to be scored
-):
+)->list: # what is said of unusual names and forms
     "A ValueError that names images of the split without a map, and files that are no image's map."
     ids = df.image_id[df.split == split]
     if not store.root.is_dir(): raise ValueError(f'maps={str(store.root)!r} is not a folder')
     again = ids[ids.duplicated()].tolist()
     if again: raise ValueError(f'{split}: {len(again)} image ids stand there twice, '
         f'{again[0]!r} first')
-    known = set(_map_files(store, ids, split))
-    others = (store.find(i) for i in df.image_id[df.split != split])
-    strange = _no_ones_map(store, known | {str(f) for f in others if f})
+    notes = store.match(df)
+    _map_files(store, ids, split)
+    strange = [f.as_posix() for f in store.matched.stray]
     if strange:
         near = did_you_mean(strange[0], (f'{i}.npy' for i in ids))
         raise ValueError(f'{len(strange)} maps in {store.root} belong to no image of the dataset: '
             f'{strange[0]!r}; {near}')
+    return notes
 
 # %% ../../nbs/1_evaluation/14_stored.ipynb #3d873863
 def _read_state(path):
@@ -178,7 +176,7 @@ def score_maps(
     start, store = time.time(), maps if isinstance(maps, MapStore) else MapStore(maps)
     if split not in set(df.split):
         raise ValueError(f'split={split!r}: {did_you_mean(split, df.split.unique())}')
-    check_maps(store, df, split)
+    for note in check_maps(store, df, split): print(note)
     truth = Truth(df[df.split == split], size)
     scorer = Scorer(size, truth.n_boxed > 0, truth.n_masked > 0, bootstrap=bootstrap, **kwargs)
     settings = dict(split=split, size=size, bootstrap=bootstrap, options=_plain(kwargs))
@@ -191,7 +189,8 @@ def score_maps(
         preset='as stored', size=size)
     carried = None
     if tau_from is not None and tau_from.taus: carried = tau_from.protocol['split'], tau_from.taus
-    report = make_report(scorer, protocol, carried=carried, seconds=time.time() - start)
+    names = df.drop_duplicates('label').sort_values('label').class_name
+    report = make_report(scorer, protocol, None, carried, time.time() - start, names)
     book.close()
     return report
 
