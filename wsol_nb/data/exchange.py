@@ -15,13 +15,16 @@ import numpy as np
 from ..core import expect
 from .coco import read_coco, write_coco
 from .conventions import CONVENTIONS, to_edges
-from .interchange import Found, PictureFiles, picture_size, read_json
+from .formats import folder_manifest
+from .interchange import (Found, Picture, PictureFiles, picture_size, pictures_below,
+                                      read_json)
 from .labelstudio import read_labelstudio, write_labelstudio
 from .layout import read_layout, whole_folder
 from .metadata import datasets_in
 from .tables import read_csv, write_csv
 from .voc import read_voc, write_voc
 from .yolo import read_yolo, write_yolo
+from ..images import BadImage
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #2946eb0c
 def _json_kind(file):
@@ -39,7 +42,8 @@ def _kinds(folder):
     texts = any(f.suffix in ('.yaml', '.yml') for f in top) or any(folder.rglob('classes.txt'))
     found = ['voc']*any(folder.rglob('*.xml')) + [k for k in said if k]
     found += ['yolo']*texts + ['csv']*any(f.suffix == '.csv' for f in top)
-    return list(dict.fromkeys(found))
+    classes = not found and any(f.parent != folder for f in pictures_below(folder))
+    return list(dict.fromkeys(found)) or ['folder']*classes
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #e4042029
 FORMATS = {'voc': write_voc, 'coco': write_coco, 'yolo': write_yolo, 'csv': write_csv,
@@ -48,9 +52,9 @@ _SUFFIXES = {'.csv': 'csv', '.yaml': 'yolo', '.yml': 'yolo'}
 
 def format_of(
     source, # a file or a folder
-)->str: # of `FORMATS`, or 'wsol'
+)->str: # of `FORMATS`, 'wsol', or 'folder': pictures in a folder a class
     "The format that a source is in; ValueError where that cannot be told."
-    source, known = Path(source), ', '.join([*FORMATS, 'wsol'])
+    source, known = Path(source), ', '.join([*FORMATS, 'wsol', 'folder'])
     expect(source.exists(), 'source', str(source), 'a file or folder that is there')
     if source.is_dir(): kinds = _kinds(source)
     else: kinds = [_SUFFIXES.get(source.suffix.lower()) or _json_kind(source)]
@@ -67,9 +71,23 @@ def _read_wsol(source, convention=None, dataset=None):
     expect(one, 'dataset', dataset, f'one of {", ".join(known) or "none"} in {source}')
     return read_layout(source, one, convention or 'pixels')
 
-def _reader(format, convention, masks, dataset):
+def _read_folder(source, **division):
+    "A plain folder of classes: pictures with a label and no objects."
+    df = folder_manifest(source, **division)
+    names = dict(sorted(zip(df.label, df.class_name)))
+    found = Found(classes=names, said=list(df.attrs['notes']))
+    for *_, where, what in df.attrs['problems']: found.bad(where, what)
+    for r in df.itertuples():
+        own = dict(split=r.split, labels=(r.class_name,))
+        try: p = Picture(r.image_id, Path(r.path), picture_size(r.path), **own)
+        except BadImage as e: found.bad(r.image_id, e)
+        else: found.pictures.append(p)
+    return found
+
+def _reader(format, convention, masks, dataset, division):
     "The reader of a format with what it takes."
     given = dict(convention=convention) if convention else {}
+    if format == 'folder': return partial(_read_folder, **division)
     if format == 'wsol': return partial(_read_wsol, dataset=dataset, **given)
     if format == 'coco': return partial(read_coco, masks=masks)
     if format == 'labelstudio': return read_labelstudio
@@ -89,21 +107,23 @@ def _count_unused(found, source):
 # %% ../../nbs/0_ground/23_exchange.ipynb #93ba43db
 def read_any(
     source, # a file or a folder
-    format:str=None, # of `FORMATS`, or 'wsol'; None: told from what lies there
+    # of `FORMATS`, 'wsol' or 'folder'; None: told from what lies there
+    format:str=None,
     convention:str=None, # what its boxes are, of `CONVENTIONS`; None: as its format says
     masks:bool=True, # keep masks
     dataset:str=None, # of a WSOL root with several
+    **division # of a plain folder: `valid_pct` and `seed`, see `folder_manifest`
 )->Found:
     "Annotations in any of the formats as pictures with objects."
     format = format or format_of(source)
-    known = [*FORMATS, 'wsol']
+    known = [*FORMATS, 'wsol', 'folder']
     expect(format in known, 'format', format, ', '.join(known))
     expect(convention in (None, *CONVENTIONS), 'boxes', convention, ', '.join(CONVENTIONS))
-    fixed = convention and format in ('coco', 'labelstudio')
+    fixed = convention and format in ('coco', 'labelstudio', 'folder')
     expect(not fixed, 'boxes', convention, f'nothing for {format}, which has one form')
-    found = _reader(format, convention, masks, dataset)(source)
+    found = _reader(format, convention, masks, dataset, division)(source)
     found.name_classes()
-    if format != 'wsol': _count_unused(found, Path(source))
+    if format not in ('wsol', 'folder'): _count_unused(found, Path(source))
     return found if masks else without_masks(found)
 
 def without_masks(found:Found)->Found:

@@ -56,11 +56,12 @@ class Found:
     classes: dict = field(default_factory=dict) # {id: name}
     problems: list = field(default_factory=list) # (where, what)
     tally: Counter = field(default_factory=Counter) # {remark: how often}
+    said: list = field(default_factory=list) # remarks as they are
 
     def bad(self, where, what): self.problems.append((str(where), str(what)))
 
     @property
-    def notes(self): return [f'{n} {what}' for what, n in self.tally.items()]
+    def notes(self): return self.said + [f'{n} {what}' for what, n in self.tally.items()]
 
     def table(self):
         "The problems as a table."
