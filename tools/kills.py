@@ -6,10 +6,10 @@ N kills, default 100, in turns of wsol_train, wsol_eval, wsol_localize and wsol_
 A moment is drawn from the time that an undisturbed call takes, or, with `--at writes`, from its changes of
 files (opened to write, renamed, removed, made): the process then ends right before one. Calls are forked from
 this process, which has imported what they need, so that moments fall on their work; with `--cold` they are
-processes of their own. With `--log` a call that was itself interrupted goes on after the last case that stands
-in the file. Exit status 1 where a case is wrong: a file that was whole is another, a part is left behind, a
-second call ends in a traceback or does not say what to do, or what comes out at last is not what an undisturbed
-call makes.
+processes of their own. With `--log` a call that was itself interrupted goes on after the last case of the
+file. Exit status 1 where a case is wrong: a file that was whole is another, a part is left behind, a second
+call ends in a traceback or does not say what to do, or what comes out at last is not what an undisturbed call
+makes.
 """
 import argparse
 import hashlib
@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -58,10 +59,12 @@ def import_place(base, here, rng):
     if rng.random() < .5: shutil.copytree(base/'old-import', here/'out')
 
 
+def anew(base): return ['wsol_train', '--data', base/'world', '--out', 'run', '--epochs', 3, *NET]
+
+
 def train_call(base, here):
     begun = (here/'run/checkpoint.pt').is_file()
-    out = ['--out', 'run']
-    return ['wsol_train', *out, '--resume'] if begun else ['wsol_train', '--data', base/'world', *out, '--epochs', 3, *NET]
+    return ['wsol_train', '--out', 'run', '--resume'] if begun else anew(base)
 
 
 def eval_call(base, here): return ['wsol_eval', 'run', '--bootstrap', 20, '--bs', 8]
@@ -233,8 +236,8 @@ def follow(args, said):
 
 def again(job, args, base, here, rng):
     "Call until it ends well; (what happened, what was said, what is wrong)."
-    said_all, fresh = [], ['wsol_train', '--data', base/'world', '--out', 'run', '--epochs', 3, *NET]
-    if job == 'train' and '--resume' not in args and rng.random() < .5: args = ['wsol_train', '--out', 'run', '--resume']
+    said_all, resume = [], ['wsol_train', '--out', 'run', '--resume']
+    if job == 'train' and rng.random() < .5: args = resume
     for _ in range(3):
         code, said = call(args, here)
         if not code: return 'said' if said_all else 'went on', said_all, ''
@@ -243,14 +246,14 @@ def again(job, args, base, here, rng):
         advice = follow(args, line)
         said_all.append(line)
         if not advice: return 'wrong', said_all, f'does not say what to do: {line}'
-        args = fresh if advice == 'without --resume' else [*args, advice]
+        args = anew(base) if advice == 'without --resume' else [*args, advice]
     return 'wrong', said_all, 'its advice leads nowhere'
 
 
 # Cases
 
 def prepare(base):
-    "The world, its export, a run that is finished and one that is begun, a report and an import to be replaced."
+    "The world, its export, a finished run and one that is begun, a report and an import to be replaced."
     for args in (
         ['wsol_data', 'synth', 'world', '--n-train', 16, '--n-val', 8, '--n-test', 16],
         ['wsol_data', 'export', 'world', 'voc', '--format', 'voc'],
@@ -260,7 +263,7 @@ def prepare(base):
         code, said = call(args, base)
         if code: sys.exit(f'{args}: {said}')
     shutil.copy(base/'other/report-test.json', base/'old-report.json')
-    begun = ['wsol_train', '--data', base/'world', '--out', 'begun', '--epochs', 3, *NET]
+    begun = [a if a != 'run' else 'begun' for a in anew(base)]
     pid = forked(begun, base)
     while not (base/'begun/checkpoint.pt').is_file(): time.sleep(.001)
     wait(pid, 0)
@@ -290,7 +293,7 @@ def one(i, seed, base, by_writes, usual):
     "A case: what is killed when, what came, what is wrong."
     rng, job = random.Random(f'{seed}/{i}'), [*JOBS][i % len(JOBS)]
     start, here = rng.choice([.1, .9]), base/f'case{i}'
-    length, new = usual[job, start]
+    length, new = usual(job, start)
     place, make = JOBS[job]
     moment = rng.randint(1, max(1, length)) if by_writes else rng.uniform(0, length)
     for _ in range(3): # the call may have been done before
@@ -312,7 +315,8 @@ def one(i, seed, base, by_writes, usual):
     if gone: wrong = f'lost by the kill: {gone}; {wrong}'
     if other: wrong += f'other than undisturbed: {other[:5]}'
     if not wrong: shutil.rmtree(here)
-    return dict(case=i, job=job, moment=said_moment, hit=hit, came='wrong' if wrong else came, said=said, wrong=wrong)
+    came = 'wrong' if wrong else came
+    return dict(case=i, job=job, moment=said_moment, hit=hit, came=came, said=said, wrong=wrong)
 
 
 def table(rows):
@@ -320,7 +324,8 @@ def table(rows):
     count = Counter((r['job'], what) for r in rows for what in ('kills', r['came']))
     print(f'{"command":10}{"kills":>7}{"went on":>9}{"said what to do":>17}{"wrong":>7}')
     for job in (*JOBS, 'all'):
-        n = [sum(count[j, w] for j in (JOBS if job == 'all' else [job])) for w in ('kills', 'went on', 'said', 'wrong')]
+        of = JOBS if job == 'all' else [job]
+        n = [sum(count[j, w] for j in of) for w in ('kills', 'went on', 'said', 'wrong')]
         print(f'{job:10}{n[0]:7}{n[1]:9}{n[2]:17}{n[3]:7}')
     lines = Counter(re.sub(r'[\w./-]*/', '', s) for r in rows for s in r['said'])
     for line, n in lines.most_common(): print(f'{n:4} × {line}')
@@ -346,8 +351,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         base = Path(tmp).resolve()
         prepare(base)
-        usual = {(job, start): undisturbed(job, base, base/'alone', by_writes, Start(start))
-                 for job in JOBS for start in (.1, .9)}
+        usual = cache(lambda job, start: undisturbed(job, base, base/'alone', by_writes, Start(start)))
         for i in left:
             rows.append(r := one(i, given.seed, base, by_writes, usual))
             if r['wrong']: print(f"case {i}, {r['job']} at {r['moment']}: {r['wrong']}", flush=True)

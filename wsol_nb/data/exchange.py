@@ -133,6 +133,15 @@ def without_masks(found:Found)->Found:
     return found
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #509b589f
+_REGIONS = 'masks of all objects of a class were left out, which only voc can hold'
+
+def _of_objects(p, tally):
+    "The picture without the masks that are no single object's."
+    regions = p.regions
+    if not regions: return p
+    tally[_REGIONS] += len(regions)
+    return replace(p, things=[t for t in p.things if t not in regions])
+
 _SCALED = 'pictures are stored in another size than their boxes are given in; boxes were scaled'
 
 def _scaled_box(box, size, to):
@@ -161,5 +170,6 @@ def write_any(
     "Write pictures and annotations in a format, whole or not at all."
     expect(format in FORMATS, 'format', format, ', '.join(FORMATS))
     pictures = [_in_stored_pixels(p, found.tally) for p in found.pictures]
+    if format != 'voc': pictures = [_of_objects(p, found.tally) for p in pictures]
     stored = replace(found, pictures=pictures)
     with whole_folder(out, overwrite, format=format) as part: FORMATS[format](stored, part)

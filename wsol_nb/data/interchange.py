@@ -48,6 +48,12 @@ class Picture:
         names = [t.label for t in self.things if not t.crowd]
         return tuple(dict.fromkeys([*names, *self.labels]))
 
+    @property
+    def regions(self):
+        "Masks without a box, of a class that has objects with boxes: the pixels of them all."
+        boxed = {t.label for t in self.things if t.box is not None}
+        return [t for t in self.things if t.box is None and t.mask and t.label in boxed]
+
 # %% ../../nbs/0_ground/16_interchange.ipynb #056cb3cd
 @dataclass
 class Found:
