@@ -209,6 +209,48 @@ def test_maps_become_annotations(birds, tmp_path):
     assert check_manifest(read_metadata(tmp_path/'data', 'DRAWN')).empty
 
 
+def test_what_a_run_sees(world, tmp_path):
+    "A plain folder is trained on, and the run draws a box and a mask in each picture, turned ones too."
+    folder = shutil.copytree(world/'SYNTH/train', tmp_path/'photos')
+    file, exif = sorted(folder.rglob('*.jpg'))[0], Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(file) as img: img.save(file, exif=exif)
+    net = '--arch', 'test_resnet', '--pretrained', 'false', '--size', 64, '--bs', 8, '--epochs', 1
+    wsol('train', '--data', folder, '--out', tmp_path/'run', *net)
+    for source in (folder, tmp_path/'data'):
+        if source != folder: assert 'is folder: 48 pictures' in wsol('data', 'import', folder, source)
+        out = tmp_path/f'{source.name}-voc'
+        how = '--format', 'voc', '--run', tmp_path/'run'
+        assert '48 boxes, 48 masks' in wsol('data', 'export', source, out, *how)
+    seen = [boxes(read_any(tmp_path/f'{name}-voc')) for name in ('photos', 'data')]
+    by_folder, by_data = ([(name, *rest) for name, _, *rest in rows] for rows in seen) # splits are others
+    assert by_folder == by_data and len(by_folder) == 48
+    both = '--run', 'run', '--maps', 'maps', '--tau', .5
+    assert 'one of them' in wsol('data', 'export', folder, tmp_path/'no', '--format', 'voc', *both, code=1)
+
+
+def test_a_mask_of_a_class_is_no_object(tmp_path):
+    "VOC's mask of a class belongs to its only object, and is none of several: nothing is added to them."
+    folder = tmp_path/'source'
+    for sub in ('Annotations', 'JPEGImages', 'SegmentationClass'): (folder/sub).mkdir(parents=True)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[2:9, 3:12] = mask[12:15, 20:25] = 4
+    for name, marks in (('one', [(4, 3, 12, 9)]), ('two', [(4, 3, 12, 9), (21, 13, 25, 15)])):
+        Image.fromarray(mask*9).save(folder/f'JPEGImages/{name}.jpg')
+        Image.fromarray(mask).save(folder/f'SegmentationClass/{name}.png')
+        objects = ''.join('<object><name>owl</name><bndbox>' + ''.join(
+            f'<{c}>{v}</{c}>' for c, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box)) + '</bndbox></object>'
+            for box in marks)
+        (folder/f'Annotations/{name}.xml').write_text(f'<annotation>{objects}</annotation>')
+    quiet(import_data, folder, tmp_path/'data')
+    for format in FORMATS:
+        quiet(export_data, tmp_path/'data', tmp_path/format, format, masks=format == 'voc')
+        again = {Path(p.image_id).stem: p for p in read_any(tmp_path/format).pictures}
+        assert [len([t for t in again[n].things if t.box]) for n in ('one', 'two')] == [1, 2], format
+    again = {Path(p.image_id).stem: p for p in read_any(tmp_path/'voc').pictures}
+    assert again['one'].things[0].mask().sum() == (mask > 0).sum() and len(again['two'].regions) == 1
+
+
 def test_everything_wrong_is_named(birds, tmp_path, monkeypatch):
     "One bad line of each kind in each format: named with its place, the rest is imported."
     for format in FORMATS: write_any(birds, tmp_path/format, format)

@@ -1,13 +1,15 @@
 """Nothing of a run is lost: two trainings in one folder, other data or settings on the way, damaged files,
-a full disk, a narrow terminal, a loss that is no number."""
+a full disk, a narrow terminal, a loss that is no number, a kill at any moment."""
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
-from helpers import BIN, ENV, TINY, digest, start, wait_until, wsol
+from helpers import BIN, ENV, TINY, digest, refused, root, run, start, wait_until, wsol
 
 
 @pytest.fixture(scope='module')
@@ -114,3 +116,56 @@ def test_a_reader_that_leaves(world):
     piped = f'{BIN}/wsol_data check {world} | head -1; exit ${{PIPESTATUS[0]}}'
     r = subprocess.run(piped, shell=True, executable='/bin/bash', env=ENV, capture_output=True, text=True)
     assert r.returncode == 0 and not r.stderr, r.stderr
+
+
+HALF = """
+import os, signal, sys
+from wsol_nb.core import whole_file
+with whole_file(sys.argv[1]) as part:
+    part.write_text('half')
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_parts_of_a_killed_writer(tmp_path):
+    "What a killed process has half written goes when the next one writes into the folder, whatever the file."
+    from wsol_nb.core import part_beside, whole_file
+    run(sys.executable, '-c', HALF, tmp_path/'old.txt', code=-signal.SIGKILL)
+    (left,) = tmp_path.iterdir()
+    at_work, mine = part_beside(tmp_path/'b.txt'), tmp_path/'film.part'
+    for file in (at_work, mine): file.touch()
+    with whole_file(tmp_path/'a.txt') as part: part.write_text('whole')
+    assert set(tmp_path.iterdir()) == {tmp_path/'a.txt', at_work, mine}
+
+
+def test_a_checkpoint_is_always_there(world, tmp_path, monkeypatch):
+    "At no change of names is the run without its last checkpoint."
+    from wsol_nb.data.loaders import WSOLDataLoaders
+    from wsol_nb.train.checkpoint import Checkpoint
+    from wsol_nb.train.learner import wsol_learner
+    replace, seen = os.replace, []
+
+    def watched(part, path):
+        there = (tmp_path/'checkpoint.pt').is_file()
+        replace(part, path)
+        seen.append((path.name, there, (tmp_path/'checkpoint.pt').is_file()))
+    monkeypatch.setattr(os, 'replace', watched)
+    dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8, num_workers=0)
+    learn = wsol_learner(dls, 'test_resnet', cbs=Checkpoint(tmp_path), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+    names = [name for name, *_ in seen]
+    first = names.index('checkpoint.pt')
+    assert names[first + 1:] == ['history.csv', 'checkpoint-previous.pt', 'checkpoint.pt']
+    assert all(there and stays for _, there, stays in seen[first + 1:])
+
+
+def test_nothing_to_resume(tmp_path, monkeypatch):
+    "A training that was killed before it wrote anything: the message says what to do."
+    said = refused(monkeypatch, 'train', '--out', tmp_path, '--resume')
+    assert 'no run has begun' in said and 'the same command without --resume begins one' in said
+
+
+def test_kills():
+    "A small part of `python tools/kills.py --at writes`: killed before a change of a file, and called again."
+    said = run(sys.executable, root/'tools/kills.py', 4, '--at', 'writes', '--seed', 3).stdout
+    assert said.splitlines()[5].split()[:2] == ['all', '4'] and said.splitlines()[5].endswith(' 0'), said

@@ -1,12 +1,14 @@
 """Speed as ratios against a peer in the same run (make bench).
 
-    python tools/bench.py [boxes pixels birds training allocator cams ablation scorecam crf copies loaders]
+    python tools/bench.py [boxes pixels birds training allocator cams ablation scorecam crf copies loaders
+                           ledger]
 
 Peers: for boxes the published procedure step by step (one contour search for each of the 1000 thresholds),
 OpenCV and numba on one thread; for PxAP NumPy's histogram; for training the same model in torch's default
 memory format, and without `keep_memory`; for CAMs a plain no_grad forward pass, pytorch-grad-cam and
 torchcam; for the CRF loss a training step and its own approximation (written to nbs/results/crf_times.csv);
-for loaders torchvision's and fastai's (loader_times.py). `copies` counts what would wait for a GPU, see
+for loaders torchvision's and fastai's (loader_times.py); for the ledger of wsol_eval a plain evaluate
+(ledger_times.py). `copies` counts what would wait for a GPU, see
 tools/copies.py. All take some forty minutes.
 """
 import contextlib
@@ -42,6 +44,7 @@ from wsol_nb.results import hardware
 from wsol_nb.scoring.loop import make_report
 from wsol_nb.scoring.scorer import Scorer
 from gpu_kit import peak_mb
+from ledger_times import ledger
 from loader_times import loaders
 
 
@@ -334,7 +337,7 @@ def copies():
 
 
 BENCHES = dict(boxes=boxes, pixels=pixels, birds=birds, training=training, allocator=allocator, cams=cams,
-               ablation=ablation, scorecam=scorecam, crf=crf, copies=copies, loaders=loaders)
+               ablation=ablation, scorecam=scorecam, crf=crf, copies=copies, loaders=loaders, ledger=ledger)
 
 if __name__ == '__main__':
     print({**hardware(), 'threads': torch.get_num_threads()})

@@ -4,7 +4,7 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                            '`wsol_data synth FOLDER` writes a synthetic world; `wsol_data check FOLDER` '
                            'names everything wrong with a dataset; `wsol_data import SOURCE OUT` makes a '
                            'dataset of annotations, and `wsol_data export FOLDER OUT --format coco` '
-                           'annotations of a dataset or of score maps.',
+                           'annotations of a dataset, of score maps or of a run.',
                            {'place': ('out',)}),
              'wsol_demo': ('wsol_nb.cli.demo',
                            'Write a synthetic world, train a CAM classifier from scratch, then F-CAM on its '

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'PIXELS', 'expect', 'check_positive', 'set_seed', 'notebook_defaults', 'assert_same', 'plain_tensor',
-           'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'env_folder', 'whole_file', 'named_damage',
-           'differing', 'keep_memory']
+           'minmax', 'check_score_map', 'resize_boxes', 'check_boxes', 'env_folder', 'part_beside', 'is_left_behind',
+           'whole_file', 'named_damage', 'differing', 'keep_memory']
 
 # %% ../nbs/0_ground/00_core.ipynb #5668b404
-import ctypes, importlib.util, math, os, random, re, sys, uuid
+import ctypes, importlib.util, math, os, platform, random, re, sys, uuid
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -189,6 +189,37 @@ def _said_of(path, error):
     kept = 'what was there before is kept' if path.exists() else 'nothing is there'
     return OSError(f'{path}: could not be written ({why}); {kept}')
 
+# %% ../nbs/0_ground/00_core.ipynb #2bcfc67f
+def _host(): return re.sub(r'\W', '-', platform.node())
+
+def part_beside(
+    path, # what will be written
+)->Path:
+    "A place beside a file or folder for what becomes it, named after this process."
+    mine = f'{uuid.uuid4().hex[:8]}.{_host()}.{os.getpid()}.part'
+    return Path(path).with_name(f'{Path(path).name}.{mine}')
+
+def is_left_behind(
+    part, # a file or folder
+)->bool: # False for all that no `part_beside` has named
+    "Whether a part is that of a process of this host that has ended."
+    name = re.search(r'\.[0-9a-f]{8}\.([\w-]+)\.(\d+)\.(part|old)$', Path(part).name)
+    if not name or name[1] != _host(): return False
+    try: os.kill(int(name[2]), 0)
+    except ProcessLookupError: return True
+    except (OSError, OverflowError): pass # somebody else's process, or no number of one
+    return False
+
+_looked_at = set() # folders
+
+def _clear_away(folder):
+    "Remove the parts of files that processes left which were killed; a folder is looked at once."
+    if folder in _looked_at: return
+    _looked_at.add(folder)
+    for left in folder.glob('*.part'):
+        if left.is_file() and is_left_behind(left): left.unlink(missing_ok=True)
+
+# %% ../nbs/0_ground/00_core.ipynb #ef2266c6
 @contextmanager
 def whole_file(
     path, # the file; its folder is made
@@ -196,7 +227,8 @@ def whole_file(
     "Write a file whole or not at all; several processes may write it at the same time."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part')
+    _clear_away(path.parent)
+    part = part_beside(path)
     try:
         yield part
         os.replace(part, path)

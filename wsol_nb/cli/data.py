@@ -69,7 +69,7 @@ def _two_places(command, root, out, how):
     if command == 'import':
         names = 'format', 'name', 'boxes', 'masks', 'dataset', 'valid_pct', 'seed', 'overwrite'
         return import_data(root, out, **{k: how[k] for k in names})
-    names = 'format', 'dataset', 'boxes', 'masks', 'maps', 'tau', 'overwrite'
+    names = 'format', 'dataset', 'boxes', 'masks', 'maps', 'run', 'tau', 'overwrite'
     return export_data(root, out, **{k: how[k] for k in names})
 
 # %% ../../nbs/9_tools/07_data.ipynb #7fe3466c
@@ -120,19 +120,23 @@ def wsol_data(
     exif:bool=False, # check: pictures will be turned as EXIF flags say, as wsol_train --exif does
     split_list:str=None, # check a plain folder: a file of lines path,split
     left_out:str=None, # check: a CSV file for the images that have a problem
-    format:str=None, # voc, coco, yolo, csv or labelstudio; import: wsol too, or told by itself
+    # voc, coco, yolo, csv or labelstudio; import: wsol or folder too, or told by itself
+    format:str=None,
     name:str=None, # import: of the dataset; default: the source's
     # import, export: what the boxes are: pixels, edges, one-based, xywh, fractions or centre
     boxes:str=None,
     masks:bool=True, # import, export: masks as well as boxes
     valid_pct:float=.2, # import: share of images set aside where the source has no splits
     maps:str=None, # export: folder of score maps, whose boxes and masks are written
-    tau:float=None, # export: the threshold of the maps, 0 to 1
+    run:str=None, # export: run folder, whose maps of these pictures are made and written
+    # export: the threshold of the maps, 0 to 1; default: the run's own
+    tau:float=None,
 ):
     "`wsol_data synth FOLDER` writes a synthetic world; " \
     "`wsol_data check FOLDER` names everything wrong with a dataset; " \
     "`wsol_data import SOURCE OUT` makes a dataset of annotations, and " \
-    "`wsol_data export FOLDER OUT --format coco` annotations of a dataset or of score maps."
+    "`wsol_data export FOLDER OUT --format coco` annotations of a dataset, of score maps " \
+    "or of a run."
     from wsol_nb.core import expect
     how = dict(locals())
     expect(command in _COMMANDS, 'command', command, ', '.join(_COMMANDS))

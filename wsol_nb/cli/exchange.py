@@ -50,7 +50,8 @@ def import_data(
     from wsol_nb.data.layout import write_layout
     from wsol_nb.data.metadata import datasets_in
     format = format or format_of(source)
-    found = read_any(source, format, boxes, masks, dataset)
+    division = {k: how[k] for k in ('valid_pct', 'seed') if k in how}
+    found = read_any(source, format, boxes, masks, dataset, **division)
     print(f'{source} is {format}: {_numbers(found)}')
     own = next(iter(datasets_in(source)), '') if format == 'wsol' else ''
     name = name or re.sub(r'[^\w.-]+', '_', dataset or own or Path(source).resolve().stem)
@@ -60,28 +61,51 @@ def import_data(
     return found.table()
 
 # %% ../../nbs/9_tools/06_exchange.ipynb #293ea119
+def _shown_by(found, maps, tau, masks):
+    "A dataset with what stored maps show."
+    from wsol_nb.scoring.annotate import annotate
+    return annotate(found, maps, tau, masks)
+
+def _shown_to(run, found, tau, masks):
+    "A dataset with what a run sees in its pictures; τ is the run's own where none is given."
+    import tempfile
+    from wsol_nb.scoring.annotate import picture_maps
+    from wsol_nb.train.run import load_run
+    r = load_run(run)
+    kept = r.config.get('tau', dict(value=.2, source='default'))
+    tau, source = (kept['value'], kept['source']) if tau is None else (tau, 'given')
+    print(f'objects are what {run} sees above τ {tau:.3f} ({source})')
+    names, size = r.config['class_names'], r.config['data']['size']
+    tmp = tempfile.TemporaryDirectory()
+    maps = picture_maps(r.localizer(), found, tmp.name, names, size)
+    return _shown_by(found, maps, tau, masks), tmp # masks are read when they are written
+
+# %% ../../nbs/9_tools/06_exchange.ipynb #0a91b274
 def export_data(
-    source, # a WSOL root
+    source, # a WSOL root, a plain folder of classes, or annotations of another format
     out, # a new folder
     format, # of the annotations
     dataset=None, # of a root with several
     boxes=None, # the convention of its boxes
     masks=True, # masks as well as boxes
     maps=None, # folder of score maps: export what they show
-    tau=None, # their threshold
+    run=None, # run folder: export what it sees
+    tau=None, # the threshold of its maps; None: the run's own
     overwrite=False,
 ): # a table of problems
-    "Write a dataset, or what its maps show, as annotations; what was left out."
+    "Write a dataset, or what maps of it show, as annotations; what was left out."
     from wsol_nb.core import expect
     from wsol_nb.data.exchange import FORMATS, read_any, write_any
     expect(format in FORMATS, 'format', format, f'--format with one of {", ".join(FORMATS)}')
-    expect((maps is None) == (tau is None), 'maps, tau', (maps, tau), 'both or neither')
-    found = read_any(source, 'wsol', boxes, masks, dataset)
-    if maps:
-        from wsol_nb.scoring.annotate import annotate
-        found = annotate(found, maps, tau, masks)
+    expect(not (maps and run), 'maps, run', (maps, run), 'one of them')
+    expect(bool(run) or (maps is None) == (tau is None), 'maps, tau', (maps, tau),
+           'both or neither')
+    found, kept = read_any(source, None, boxes, masks, dataset), None
+    if maps: found = _shown_by(found, maps, tau, masks)
+    if run: found, kept = _shown_to(run, found, tau, masks)
     print(f'{source}: {_numbers(found)}')
     write_any(found, out, format, overwrite)
+    if kept: kept.cleanup()
     _say(found, None)
     print(f'written to {out} as {format}')
     return found.table()

@@ -99,6 +99,9 @@ def _refuse_over(out):
 def _to_resume(out, given):
     "The config of the run in a folder; what was typed beside --resume must be what it says."
     from wsol_nb.train.run import read_config
+    if not (Path(out)/'config.json').is_file():
+        raise ValueError(f'resume: no run has begun in {out}; the same command without --resume '
+                         'begins one')
     config = read_config(out)
     name = config['method']['name'].lower()
     has = config | config['data'] | config['train'] | dict(method=name)

@@ -50,9 +50,11 @@ def _blind(df):
     "The table without a way to peek."
     return df.reset_index(drop=True).drop(columns=['boxes', 'mask', 'ignore'], errors='ignore')
 
-def _check_stored(df, maps):
-    "Refuse images without a stored map, where maps are asked for."
-    lost = [i for i in df.image_id if i not in maps] if maps is not None else []
+def _check_stored(df, maps, whole):
+    "Find the stored maps of all images, where they are asked for; refuse images without one."
+    if maps is None: return
+    for note in maps.match(whole): print(note)
+    lost = [i for i in df.image_id if i not in maps]
     if lost: raise ValueError(f'maps: {len(lost)} of {len(df)} images have no stored map '
                               f'in {maps.root}, {lost[0]!r} first')
 
@@ -115,7 +117,7 @@ class WSOLDataset:
     ):
         self.df, self.info, self.recipe = _blind(df), info, RECIPES[info.recipe]
         self.train, self.maps, self.epoch, self.drawn = train, maps, 0, {}
-        _check_stored(self.df, maps)
+        _check_stored(self.df, maps, info.manifest)
         self.paths, self.targets = self.df['path'].tolist(), info.targets(df) if labelled else None
 
     def __len__(self): return len(self.paths)

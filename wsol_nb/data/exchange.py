@@ -15,7 +15,8 @@ import numpy as np
 from ..core import expect
 from .coco import read_coco, write_coco
 from .conventions import CONVENTIONS, to_edges
-from .interchange import Found, picture_size, read_json
+from .formats import folder_manifest
+from .interchange import Found, Picture, picture_size, read_json
 from .labelstudio import read_labelstudio, write_labelstudio
 from .layout import read_layout, whole_folder
 from .levels import faults_of, files_below, image_files
@@ -23,6 +24,7 @@ from .metadata import datasets_in
 from .tables import read_csv, write_csv
 from .voc import read_voc, write_voc
 from .yolo import read_yolo, write_yolo
+from ..images import BadImage
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #2946eb0c
 def _json_kind(file):
@@ -42,7 +44,8 @@ def _kinds(folder):
     texts |= any(f.name == 'classes.txt' for f in below)
     found = ['voc']*any(f.suffix.lower() == '.xml' for f in below) + [k for k in said if k]
     found += ['yolo']*texts + ['csv']*any(f.suffix == '.csv' for f in top)
-    return list(dict.fromkeys(found))
+    classes = not found and any(len(f.parts) > 1 for f in image_files(folder)[0])
+    return list(dict.fromkeys(found)) or ['folder']*classes
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #e4042029
 FORMATS = {'voc': write_voc, 'coco': write_coco, 'yolo': write_yolo, 'csv': write_csv,
@@ -51,9 +54,9 @@ _SUFFIXES = {'.csv': 'csv', '.yaml': 'yolo', '.yml': 'yolo'}
 
 def format_of(
     source, # a file or a folder
-)->str: # of `FORMATS`, or 'wsol'
+)->str: # of `FORMATS`, 'wsol', or 'folder': pictures in a folder a class
     "The format that a source is in; ValueError where that cannot be told."
-    source, known = Path(source), ', '.join([*FORMATS, 'wsol'])
+    source, known = Path(source), ', '.join([*FORMATS, 'wsol', 'folder'])
     expect(source.exists(), 'source', str(source), 'a file or folder that is there')
     if source.is_dir(): kinds = _kinds(source)
     else: kinds = [_SUFFIXES.get(source.suffix.lower()) or _json_kind(source)]
@@ -70,9 +73,23 @@ def _read_wsol(source, convention=None, dataset=None):
     expect(one, 'dataset', dataset, f'one of {", ".join(known) or "none"} in {source}')
     return read_layout(source, one, convention or 'pixels')
 
-def _reader(format, convention, masks, dataset):
+def _read_folder(source, **division):
+    "A plain folder of classes: pictures with a label and no objects."
+    df = folder_manifest(source, **division)
+    names = dict(sorted(zip(df.label, df.class_name)))
+    found = Found(classes=names, said=list(df.attrs['notes']))
+    for *_, where, what in df.attrs['problems']: found.bad(where, what)
+    for r in df.itertuples():
+        own = dict(split=r.split, labels=(r.class_name,))
+        try: p = Picture(r.image_id, Path(r.path), picture_size(r.path), **own)
+        except BadImage as e: found.bad(r.image_id, e)
+        else: found.pictures.append(p)
+    return found
+
+def _reader(format, convention, masks, dataset, division):
     "The reader of a format with what it takes."
     given = dict(convention=convention) if convention else {}
+    if format == 'folder': return partial(_read_folder, **division)
     if format == 'wsol': return partial(_read_wsol, dataset=dataset, **given)
     if format == 'coco': return partial(read_coco, masks=masks)
     if format == 'labelstudio': return read_labelstudio
@@ -94,21 +111,23 @@ def _count_unused(found, source):
 # %% ../../nbs/0_ground/23_exchange.ipynb #93ba43db
 def read_any(
     source, # a file or a folder
-    format:str=None, # of `FORMATS`, or 'wsol'; None: told from what lies there
+    # of `FORMATS`, 'wsol' or 'folder'; None: told from what lies there
+    format:str=None,
     convention:str=None, # what its boxes are, of `CONVENTIONS`; None: as its format says
     masks:bool=True, # keep masks
     dataset:str=None, # of a WSOL root with several
+    **division # of a plain folder: `valid_pct` and `seed`, see `folder_manifest`
 )->Found:
     "Annotations in any of the formats as pictures with objects."
     format = format or format_of(source)
-    known = [*FORMATS, 'wsol']
+    known = [*FORMATS, 'wsol', 'folder']
     expect(format in known, 'format', format, ', '.join(known))
     expect(convention in (None, *CONVENTIONS), 'boxes', convention, ', '.join(CONVENTIONS))
-    fixed = convention and format in ('coco', 'labelstudio')
+    fixed = convention and format in ('coco', 'labelstudio', 'folder')
     expect(not fixed, 'boxes', convention, f'nothing for {format}, which has one form')
-    found = _reader(format, convention, masks, dataset)(source)
+    found = _reader(format, convention, masks, dataset, division)(source)
     found.name_classes()
-    if format != 'wsol': _count_unused(found, Path(source))
+    if format not in ('wsol', 'folder'): _count_unused(found, Path(source))
     return found if masks else without_masks(found)
 
 def without_masks(found:Found)->Found:
@@ -118,6 +137,15 @@ def without_masks(found:Found)->Found:
     return found
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #509b589f
+_REGIONS = 'masks of all objects of a class were left out, which only voc can hold'
+
+def _of_objects(p, tally):
+    "The picture without the masks that are no single object's."
+    regions = p.regions
+    if not regions: return p
+    tally[_REGIONS] += len(regions)
+    return replace(p, things=[t for t in p.things if t not in regions])
+
 _SCALED = 'pictures are stored in another size than their boxes are given in; boxes were scaled'
 
 def _scaled_box(box, size, to):
@@ -146,5 +174,6 @@ def write_any(
     "Write pictures and annotations in a format, whole or not at all."
     expect(format in FORMATS, 'format', format, ', '.join(FORMATS))
     pictures = [_in_stored_pixels(p, found.tally) for p in found.pictures]
+    if format != 'voc': pictures = [_of_objects(p, found.tally) for p in pictures]
     stored = replace(found, pictures=pictures)
     with whole_folder(out, overwrite, format=format) as part: FORMATS[format](stored, part)

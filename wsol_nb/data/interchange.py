@@ -48,6 +48,12 @@ class Picture:
         names = [t.label for t in self.things if not t.crowd]
         return tuple(dict.fromkeys([*names, *self.labels]))
 
+    @property
+    def regions(self):
+        "Masks without a box, of a class that has objects with boxes: the pixels of them all."
+        boxed = {t.label for t in self.things if t.box is not None}
+        return [t for t in self.things if t.box is None and t.mask and t.label in boxed]
+
 # %% ../../nbs/0_ground/16_interchange.ipynb #056cb3cd
 @dataclass
 class Found:
@@ -56,11 +62,12 @@ class Found:
     classes: dict = field(default_factory=dict) # {id: name}
     problems: list = field(default_factory=list) # (where, what)
     tally: Counter = field(default_factory=Counter) # {remark: how often}
+    said: list = field(default_factory=list) # remarks as they are
 
     def bad(self, where, what): self.problems.append((str(where), str(what)))
 
     @property
-    def notes(self): return [f'{n} {what}' for what, n in self.tally.items()]
+    def notes(self): return self.said + [f'{n} {what}' for what, n in self.tally.items()]
 
     def table(self):
         "The problems as a table."

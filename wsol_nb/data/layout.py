@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'whole_folder', 'divide', 'write_layout', 'read_layout']
 
 # %% ../../nbs/0_ground/17_layout.ipynb #f1a45e5a
-import errno, json, os, platform, re, shutil, uuid
+import errno, json, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import expect
+from ..core import expect, is_left_behind, part_beside
 from ..images import BadImage
 from .formats import place_picture, random_splits
 from .interchange import Found, Picture, Thing, picture_size, sound_box
@@ -25,22 +25,12 @@ from .stores import read_mask
 # %% ../../nbs/0_ground/17_layout.ipynb #98dd80a5
 _STAMP = '.wsol_nb'
 
-def _is_running(part):
-    "Whether the process that a part is named after may be at work; one of another host may."
-    host, pid = part.name.rsplit('.', 3)[-3:-1]
-    if host != platform.node().replace('.', '-'): return True
-    try: os.kill(int(pid), 0)
-    except ProcessLookupError: return False
-    except (ValueError, OSError): return True
-    return True
-
 def _clear_away(path):
     "What calls that were killed left: parts are removed, a folder that was to be replaced is back."
-    for old in path.parent.glob(f'.{path.name}.*.old'):
-        if not path.exists() and not _is_running(old): old.rename(path)
-    for left in path.parent.glob(f'.{path.name}.*'):
-        if left.suffix not in ('.part', '.old') or _is_running(left): continue
-        shutil.rmtree(left, ignore_errors=True)
+    left = [p for p in path.parent.glob(f'.{path.name}.*') if is_left_behind(p)]
+    for old in left:
+        if old.suffix == '.old' and not path.exists(): old.rename(path)
+        else: shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/0_ground/17_layout.ipynb #2e1f5f49
 def _refuse_over(path, overwrite):
@@ -71,8 +61,7 @@ def whole_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_away(path)
     _refuse_over(path, overwrite)
-    host = platform.node().replace('.', '-')
-    part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.{host}.{os.getpid()}.part')
+    part = part_beside(path.with_name(f'.{path.name}'))
     part.mkdir()
     try:
         yield part

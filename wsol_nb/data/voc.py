@@ -61,6 +61,11 @@ def _is_object(file): return lambda: (_indices(file) > 0) & (_indices(file) < 25
 
 _UNTOLD = 'pictures of several classes have a mask that tells no objects apart; it was left out'
 
+def _of_class(p, mask):
+    "The mask of a class is that of its object; of several it is none's, and stands beside them."
+    if len(p.things) == 1: p.things[0].mask = mask
+    else: p.things.append(Thing(p.classes[0], None, mask))
+
 def _masked(p, base, stem, tally):
     "Give a picture the masks that lie beside its annotation."
     objects, classes = (base/f'Segmentation{kind}'/f'{stem}.png' for kind in ('Object', 'Class'))
@@ -69,7 +74,7 @@ def _masked(p, base, stem, tally):
     for k, t in enumerate(p.things, 1):
         if file == objects and (_indices(file) == k).any(): t.mask = _is(file, k)
     one = file == classes and len(p.classes) == 1
-    if one: p.things.append(Thing(p.classes[0], None, _is_object(file)))
+    if one: _of_class(p, _is_object(file))
     if file == classes and not one: tally[_UNTOLD] += 1
     elif (_indices(file) == 255).any(): p.ignore = _is(file, 255)
 
@@ -149,13 +154,13 @@ def read_voc(
 def _put(node, **texts):
     for tag, text in texts.items(): ET.SubElement(node, tag).text = str(text)
 
-def _xml(p, name, boxes):
+def _xml(p, name, objects, boxes):
     "The annotation of a picture; of a thing without a box nothing but its class."
     root = ET.Element('annotation')
     _put(root, folder='JPEGImages', filename=name)
     _put(ET.SubElement(root, 'size'), width=p.size[0], height=p.size[1], depth=3)
     _put(root, segmented=int(any(t.mask for t in p.things)))
-    for t, box in zip(p.things, boxes):
+    for t, box in zip(objects, boxes):
         node = ET.SubElement(root, 'object')
         _put(node, name=t.label, pose='Unspecified', truncated=0, difficult=int(t.crowd))
         if box is not None:
@@ -189,7 +194,7 @@ def _write_masks(p, stem, out, index):
     objects, classes = np.zeros((2, *masks[0][2].shape), np.uint8)
     if p.ignore: objects[p.ignore()] = classes[p.ignore()] = 255
     for k, t, mask in masks: objects[mask], classes[mask] = k, index[t.label]
-    _save_indices(objects, out/f'SegmentationObject/{stem}.png')
+    if not p.regions: _save_indices(objects, out/f'SegmentationObject/{stem}.png')
     _save_indices(classes, out/f'SegmentationClass/{stem}.png')
     return True
 
@@ -206,9 +211,10 @@ def write_voc(
     for p in found.pictures:
         name, stem = names[p.image_id], Path(names[p.image_id]).stem
         place_picture(p.file, out/'JPEGImages'/name)
-        boxes = [box_of(t, p.size) for t in p.things]
+        objects = [t for t in p.things if t not in p.regions]
+        boxes = [box_of(t, p.size) for t in objects]
         boxes = [b and _from_1(b, p.size) for b in boxes]
-        _xml(p, name, boxes).write(out/f'Annotations/{stem}.xml', encoding='utf-8')
+        _xml(p, name, objects, boxes).write(out/f'Annotations/{stem}.xml', encoding='utf-8')
         kinds = ['Main'] + ['Segmentation']*_write_masks(p, stem, out, index)
         for kind in kinds: splits.setdefault((kind, p.split or 'train'), []).append(stem)
     for (kind, split), stems in splits.items():

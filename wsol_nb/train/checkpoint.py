@@ -6,7 +6,7 @@
 __all__ = ['Checkpoint', 'forget_previous', 'resume', 'KeepBest', 'keep']
 
 # %% ../../nbs/2_training/11_checkpoint.ipynb #d2be2191
-import json, math, os
+import json, math, os, shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,19 @@ def _state(learn, epoch, n_epoch):
                 best=[_plain(t.best) for t in _trackers(learn)],
                 smooth=_plain([smooth.count, smooth.val]))
 
+def _epoch_is_done(learn):
+    "Whether an epoch of training has ended; `lr_find` trains none."
+    return learn.in_fit and not hasattr(learn, 'lr_finder')
+
+# %% ../../nbs/2_training/11_checkpoint.ipynb #8b008e0b
 def _previous(file): return file.with_name('checkpoint-previous.pt')
+
+def _keep_previous(file):
+    "A second name for the last checkpoint: at no moment is there none."
+    if not file.exists(): return
+    with whole_file(_previous(file)) as part:
+        try: os.link(file, part)
+        except OSError: shutil.copyfile(file, part) # a disk without links
 
 @first_only
 def _write_state(learn, epoch, n_epoch, file):
@@ -49,11 +61,7 @@ def _write_state(learn, epoch, n_epoch, file):
     state = _state(learn, epoch, n_epoch)
     with whole_file(file) as part:
         torch.save(state, part)
-        if file.exists(): os.replace(file, _previous(file))
-
-def _epoch_is_done(learn):
-    "Whether an epoch of training has ended; `lr_find` trains none."
-    return learn.in_fit and not hasattr(learn, 'lr_finder')
+        _keep_previous(file)
 
 # %% ../../nbs/2_training/11_checkpoint.ipynb #6c745a4b
 class Checkpoint(Callback):
