@@ -54,6 +54,12 @@ INDEX = {'command': {'wsol_data': ('wsol_nb.cli.data',
                                 'needs': 'features',
                                 'paper': 'Desai & Ramaswamy, WACV 2020',
                                 'passes': '1 + channels'}),
+               'AffinityMaps': ('wsol_nb.vit.affinity',
+                                "A token map handed along the attention between patches, which Sinkhorn's "
+                                'balance rids of hubs.',
+                                {'needs': 'tokens',
+                                 'paper': 'Sinkhorn & Knopp, Pacific J. Math. 1967',
+                                 'passes': '1'}),
                'CAM': ('wsol_nb.cam.gradient',
                        'Class maps of a net that ends in average pooling and a linear layer (Zhou et al. '
                        '2016).',
