@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'refine', 'AffinityMaps']
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #e3af986f
+# %% ../../nbs/7_transformers/08_affinity.ipynb #deb1d43e
 import torch
 import torch.nn.functional as F
 
@@ -13,10 +13,10 @@ from ..core import expect
 from ..devices import no_autocast
 from ..localize.base import Localizer, find_localizer
 from ..registry import localizer
-from .layout import learn_attention
-from .reading import PatchMean, read_attention
+from .layout import layers_of, learn_attention
+from .reading import PatchMean, pick_layers, read_attention
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #3cebef7f
+# %% ../../nbs/7_transformers/08_affinity.ipynb #0fcbca82
 def _check_affinity(A):
     "Refuse what is no affinity; numbers are looked at on the CPU only."
     square = isinstance(A, torch.Tensor) and A.ndim > 1 and A.shape[-1] == A.shape[-2]
@@ -32,7 +32,7 @@ def _joined(A):
     lone = (A.sum(-1) == 0) | (A.sum(-2) == 0) # …,n
     return A + torch.diag_embed(lone.to(A.dtype))
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #3a4d7980
+# %% ../../nbs/7_transformers/08_affinity.ipynb #718d327e
 def sinkhorn(
     affinity, # (…,N,N) not negative; row i: how much patch i looks at each
     steps:int=5, # alternations of columns and rows; 0: the affinity as it is
@@ -51,7 +51,7 @@ def sinkhorn(
     S = r[..., :, None]*A*c[..., None, :]
     return (S + S.mT)/2 if symmetric else S
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #4f4f5375
+# %% ../../nbs/7_transformers/08_affinity.ipynb #daf05bab
 def refine(
     maps, # (B,h,w) or (B,T,h,w)
     affinity, # (B,h·w,h·w), such as `sinkhorn` gives
@@ -68,7 +68,7 @@ def refine(
         for _ in range(power): m = affinity@m
     return m.mT.reshape(maps.shape)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #bd721f4b
+# %% ../../nbs/7_transformers/08_affinity.ipynb #0adfaf86
 class _FirstPass(PatchMean):
     "The mean of the first pass over all `n` images in which each of the layers was heard; or None."
     def __init__(self, layers, n):
@@ -76,7 +76,9 @@ class _FirstPass(PatchMean):
         self.n, self.wanted = n, None
 
     def chosen(self, layout):
-        found = super().chosen(layout)
+        found = layers_of(layout, self.kind)
+        if self.layers is None: found = found[len(found)//6:]
+        else: found = [found[i] for i in pick_layers(self.layers, len(found))]
         self.wanted = len(found)
         return found
 
@@ -91,14 +93,14 @@ class _FirstPass(PatchMean):
 
     def done(self, taken): return taken[0]/self.wanted if self.whole(taken) else None
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #8caee2f4
+# %% ../../nbs/7_transformers/08_affinity.ipynb #07ca41e6
 def _on_grid(maps, grid):
     "Maps (B,h,w) or (B,T,h,w) at the grid's size, the mean of each cell."
     if tuple(maps.shape[-2:]) == tuple(grid): return maps.float()
     flat = maps.float().reshape(len(maps), -1, *maps.shape[-2:])
     return F.adaptive_avg_pool2d(flat, grid).reshape(*maps.shape[:-2], *grid)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #7c31242f
+# %% ../../nbs/7_transformers/08_affinity.ipynb #0c326cb2
 @localizer(needs='tokens', passes='1', paper='Sinkhorn & Knopp, Pacific J. Math. 1967')
 class AffinityMaps(Localizer):
     "A token map handed along the attention between patches, which Sinkhorn's balance rids of hubs."
@@ -106,7 +108,8 @@ class AffinityMaps(Localizer):
         model, # a transformer that attends among all patches of an image
         of='classattention', # whose maps, a localizer's name or class
         *,
-        layers='last 10', # whose attention among patches is meant, see `pick_layers`
+        # whose attention among patches is meant, see `pick_layers`; None: all but the first sixth
+        layers=None,
         steps:int=5, # of Sinkhorn's balance; 0: none
         power:int=2, # how often maps are handed along
         **kwargs # for the localizer
@@ -127,12 +130,11 @@ class AffinityMaps(Localizer):
 
     def heard(self, x, ask):
         "The mean attention among patches (B,N,N) in a pass that `ask` makes, and the layout."
-        layout, first = self.layout(x), _FirstPass(self.layers, len(x))
-        A, = read_attention(self.model, x, first, layout=layout, ask=ask).taken
-        if A is None: # the localizer has put something in attention's place
-            taker = PatchMean(self.layers)
-            A, = read_attention(self.model, x, taker, layout=layout, ask=self.localizer.door).taken
-        return A, layout
+        layout = self.layout(x)
+        for way in (ask, self.localizer.door): # a pass more where attention was put aside
+            first = _FirstPass(self.layers, len(x))
+            A, = read_attention(self.model, x, first, layout=layout, ask=way).taken
+            if A is not None: return A, layout
 
     def compute(self, x, target, create_graph):
         own = {}
