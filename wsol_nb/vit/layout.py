@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['AttentionLayer', 'AttentionLayout', 'in_words', 'layers_of', 'learn_attention']
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #18922878
+# %% ../../nbs/7_transformers/01_layout.ipynb #cbf39b27
 import math
 from collections import Counter
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..localize.base import model_intact, unwrap
+from ..nets.tokens import learn_tokens
 from .rows import attention_calls
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #56e1510a
+# %% ../../nbs/7_transformers/01_layout.ipynb #2a242552
 _CHANNELS = 'XCA', 'ChannelAttention', 'ChannelAttentionV2'
 _PART = 'it attends within windows', 'reduced'
 
@@ -27,7 +29,7 @@ def _of_shape(c, B): # reason or None
     n, m = c.shape[2:]
     if n not in (1, m): return f'reduced: {n} queries look at {m} keys'
     if c.kind in _CHANNELS: return f'{n} channels attend to channels'
-    if n > 1 and c.tokens not in (None, n): return f'reduced: {n} queries and keys of {c.tokens} tokens'
+    if n > 1 and c.tokens not in (None, n): return f'reduced: {n} queries of {c.tokens} tokens'
 
 def _reasons(calls, B):
     "The same of all calls of a net; and of those whose module mixes several."
@@ -39,28 +41,7 @@ def _reasons(calls, B):
         if many[c.name, c.number] > 1: return f'it runs {many[c.name, c.number]} times in a pass'
     return [of(c) for c in calls]
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #998a4c7a
-def prefix_of(model):
-    "How many tokens stand before the patches, as far as the model says."
-    told = [m.num_prefix_tokens for m in model.modules() if hasattr(m, 'num_prefix_tokens')]
-    if told: return told[0]
-    return max((p.shape[1] for p in _class_tokens(model) if p.ndim == 3), default=0)
-
-def _class_tokens(model):
-    def is_one(name): return name.rpartition('.')[2].startswith('cls_token')
-    return [p for name, p in model.named_parameters() if is_one(name)]
-
-def _off(grid, size):
-    "How far the proportions of h and w are from those of an image (H,W)."
-    return abs(math.log(grid[0]*size[1]/(grid[1]*size[0])))
-
-def _grid(n, size):
-    "h and w with h·w = n in the proportions of an image (H,W), or None."
-    pairs = [(h, n//h) for h in range(1, n + 1) if n % h == 0]
-    best = min(pairs, key=lambda p: _off(p, size))
-    return best if _off(best, size) < .3 else None
-
-# %% ../../nbs/7_transformers/01_layout.ipynb #95ba1c23
+# %% ../../nbs/7_transformers/01_layout.ipynb #ab01ab07
 class AttentionLayer(NamedTuple):
     "A call of attention whose rows lie over the patches of an image."
     name: str   # dotted name of the module
@@ -82,7 +63,7 @@ class AttentionLayout(NamedTuple):
         "What a row says of the patches, as maps; prefix tokens are dropped."
         return row[..., -math.prod(self.grid):].unflatten(-1, self.grid)
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #9c394f8c
+# %% ../../nbs/7_transformers/01_layout.ipynb #c3f4a8bf
 def in_words(left_out:dict)->str:
     "Reasons with how many calls each has kept out."
     return '; '.join(f'{len(names)} × {why}' for why, names in left_out.items())
@@ -103,54 +84,35 @@ def layers_of(
     said = f'; left out: {in_words(layout.left_out)}' if layout.left_out else ''
     raise ValueError(f'{layout.net} has {no}{said}')
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #47677133
-def _left(calls, reasons): return [c for c, why in zip(calls, reasons) if why is None]
-
-def _take_turns(calls, reasons):
-    "Whether the number of tokens comes back to what it was before."
-    n = [c.shape[3] for c in _left(calls, reasons) if c.shape[2] > 1]
-    changes = [b for a, b in zip([0, *n], n) if a != b]
-    return len(set(changes)) < len(changes)
-
-def _find_grid(calls, reasons, prefix, size):
-    "The grid of the last call that is left, in the proportions of the images; or None."
-    left = _left(calls, reasons)
-    among = [c for c in left if c.shape[2] > 1] or left
-    n = among[-1].shape[3] if among else 0
-    grids = [_grid(n - p, size) for p in dict.fromkeys((prefix, 0, 1)) if n > p]
-    return min(filter(None, grids), key=lambda g: _off(g, size), default=None)
-
-# %% ../../nbs/7_transformers/01_layout.ipynb #34741d19
-def _on_the_grid(calls, reasons, n, prefix):
-    "Reasons with those that a grid of `n` patches adds."
+# %% ../../nbs/7_transformers/01_layout.ipynb #4cac8fa2
+def _on_the_grid(calls, reasons, tokens):
+    "Reasons with those that the grid adds."
+    n, two = math.prod(tokens.grid), tokens.kind == 'grids'
     partial = {c.kind for c, why in zip(calls, reasons) if why and why.startswith(_PART)}
     def of(c):
         before, alone = c.shape[3] - n, c.shape[2] == 1
-        if before not in ((0, 1, prefix) if alone else (0, prefix)): return 'another grid'
+        if two: return 'two grids take turns'
+        if before not in ((0, 1, tokens.prefix) if alone else (0, tokens.prefix)):
+            return 'another grid'
         if before == 0 and not alone and c.kind in partial:
             return f'its {n} positions are the whole map, but {c.kind} elsewhere looks at a part'
     return [why or of(c) for c, why in zip(calls, reasons)]
 
-def _sorted(calls, B, prefix, size):
-    "The grid or None, and a reason or None for each call."
-    reasons = _reasons(calls, B)
-    if _take_turns(calls, reasons): return None, [why or 'two grids take turns' for why in reasons]
-    grid = _find_grid(calls, reasons, prefix, size)
-    if grid is None: return None, [why or 'its keys lie on no grid' for why in reasons]
-    return grid, _on_the_grid(calls, reasons, math.prod(grid), prefix)
-
-# %% ../../nbs/7_transformers/01_layout.ipynb #112a9ff2
-def _layer(c, grid, has_class):
-    alone, before = c.shape[2] == 1, c.shape[3] - math.prod(grid)
-    row = alone or before > 0 and has_class
+def _layer(c, tokens):
+    alone, before = c.shape[2] == 1, c.shape[3] - math.prod(tokens.grid)
+    row = bool(alone or before > 0 and tokens.cls)
     return AttentionLayer(c.name, c.number, c.shape[1], before, alone, row)
 
-def _layout(net, calls, grid, reasons, prefix, has_class):
-    left_out = {}
+def _layout(calls, tokens, B):
+    reasons, left_out = _on_the_grid(calls, _reasons(calls, B), tokens), {}
     for c, why in zip(calls, reasons):
         if why: left_out.setdefault(why, []).append(c.name)
-    layers = tuple(_layer(c, grid, has_class) for c in _left(calls, reasons))
-    return AttentionLayout(net, grid, layers, left_out, 0 if has_class else prefix)
+    layers = tuple(_layer(c, tokens) for c, why in zip(calls, reasons) if not why)
+    registers = 0 if tokens.cls else tokens.prefix
+    return AttentionLayout(tokens.family, tokens.grid, layers, left_out, registers)
+
+# %% ../../nbs/7_transformers/01_layout.ipynb #47b3cebe
+_learnt = WeakKeyDictionary() # model -> {size: layout}
 
 def _check_not_compiled(model):
     "Refuse a part that is compiled and cannot be told to run as it was written."
@@ -160,16 +122,21 @@ def _check_not_compiled(model):
     if shut: raise ValueError(f'{shut[0] or type(model).__name__!r} is compiled: what it computes '
                               'cannot be watched; read the module that it was made of')
 
-# %% ../../nbs/7_transformers/01_layout.ipynb #895ad6ed
+def _learn(model, x, ask):
+    _check_not_compiled(model)
+    tokens = learn_tokens(model, x)
+    with model_intact(model), torch.no_grad(): _, calls = attention_calls(model, x[:1], ask)
+    return _layout(calls, tokens, 1)
+
+# %% ../../nbs/7_transformers/01_layout.ipynb #cfb8d47f
 def learn_attention(
     model, # a module, such as a net of timm
-    x, # (B,3,H,W) images
+    x, # (B,3,H,W) images; the first is let through, once for each size
     ask=None, # a `Door` to the model; None: a plain one
+    again:bool=False, # also where images of this size were seen before
 )->AttentionLayout:
     "Which attention of a net can be read on images of this size, and why the rest cannot."
     model = unwrap(model)
-    _check_not_compiled(model)
-    with model_intact(model), torch.no_grad(): _, calls = attention_calls(model, x, ask)
-    prefix, has_class = prefix_of(model), bool(_class_tokens(model))
-    grid, reasons = _sorted(calls, len(x), prefix, x.shape[2:])
-    return _layout(type(model).__name__, calls, grid, reasons, prefix, has_class)
+    known, size = _learnt.setdefault(model, {}), tuple(x.shape[1:])
+    if again or size not in known: known[size] = _learn(model, x, ask)
+    return known[size]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['pick_layers', 'Taker', 'ClassRows', 'AllRows', 'KeptCalls', 'PatchMean', 'Projected', 'Reading', 'read_attention']
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #104771d0
+# %% ../../nbs/7_transformers/02_reading.ipynb #0eb0140b
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ..localize.outputs import Door
 from .layout import AttentionLayout, layers_of, learn_attention
 from .rows import attended, listening
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #150a0852
+# %% ../../nbs/7_transformers/02_reading.ipynb #9d9d8ef4
 def _last(text):
     "n of 'last n', or None."
     word, _, n = text.partition(' ')
@@ -38,7 +39,7 @@ def pick_layers(
     expect(good, 'layers', layers, f"'all', 'last 4', or numbers of {n} layers, {-n} to {n - 1}")
     return sorted({i % n for i in listed})
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #2a291fe3
+# %% ../../nbs/7_transformers/02_reading.ipynb #e3a25079
 class Taker:
     "What to keep of the calls of some layers. A subclass overrides `take`, and `done` if it needs."
     kind, graph, part = 'patches', False, None # the kind of layer, see `layers_of`
@@ -55,7 +56,7 @@ class Taker:
 
     def done(self, taken): return taken
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #63282a17
+# %% ../../nbs/7_transformers/02_reading.ipynb #ad016873
 class _Listed(Taker):
     "A list with something of each layer."
     def take(self, call, layer, layout, before): return [*(before or []), self.of(call, layer)]
@@ -65,7 +66,7 @@ class ClassRows(_Listed):
     kind = 'rows'
     def of(self, call, layer): return call.rows(slice(0, 1))[..., 0, :]
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #f0d0fb74
+# %% ../../nbs/7_transformers/02_reading.ipynb #ef2b4803
 class AllRows(_Listed):
     "All rows (B,heads,Nq,Nk) in each of the layers; one where the class token asks alone."
     kind = 'any'
@@ -82,7 +83,7 @@ class KeptCalls(_Listed):
     kind = 'any'
     def of(self, call, layer): return layer, call
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #760e9e36
+# %% ../../nbs/7_transformers/02_reading.ipynb #7636e17f
 class PatchMean(Taker):
     "Attention from patch to patch (B,hw,hw), its mean over layers and heads."
     def take(self, call, layer, layout, before):
@@ -104,7 +105,7 @@ class Projected(_Listed):
 
     def of(self, projected, layer): return projected
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #a6265229
+# %% ../../nbs/7_transformers/02_reading.ipynb #865e2783
 def _opened(call): # what the call gives, by rows that have a gradient
     "The rows are made, kept in the call, and used."
     A = call.rows()
@@ -112,7 +113,7 @@ def _opened(call): # what the call gives, by rows that have a gradient
     call.rows = lambda at=slice(None): A[..., at, :] if at != slice(None) else A
     return A.to(call.given.dtype) if call.v is None else A.to(call.v.dtype)@call.v
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #91e89b06
+# %% ../../nbs/7_transformers/02_reading.ipynb #b400a6d3
 _PARTS = dict(qkv='qkv', kv='kv', q='q', k='k', v='v', q_proj='q', k_proj='k', v_proj='v')
 
 def _projections(model, layer):
@@ -127,15 +128,15 @@ def _projection(model, layer, part):
         if part in parts: return weight, (parts.index(part), len(parts))
     raise ValueError(f'{layer.name}: its {part} is no linear layer of the module')
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #e36a603b
+# %% ../../nbs/7_transformers/02_reading.ipynb #ef16e889
 class _Reader:
     "Serves takers as the calls of a pass come."
     def __init__(self, model, layout, takers):
         self.layout, self.takers, self.state = layout, takers, [None]*len(takers)
-        self.modules, self.plan, self.linear = {}, {}, {}
+        self.modules, self.plan, self.linear, self.due = {}, {}, {}, 0
         for i, t in enumerate(takers):
             for layer in t.chosen(layout):
-                self.modules[model.get_submodule(layer.name)] = layer.name
+                self.modules[model.get_submodule(layer.name)], self.due = layer.name, self.due + 1
                 if t.part: self.await_projection(model, layer, i, t.part)
                 else: self.plan.setdefault(layer[:2], (layer, []))[1].append(i)
 
@@ -144,11 +145,14 @@ class _Reader:
         self.linear.setdefault(id(weight), []).append((layer, i, where))
 
     def give(self, i, layer, what):
+        self.due -= 1
         self.state[i] = self.takers[i].take(what, layer, self.layout, self.state[i])
+
+    def hungry(self): return self.due != 0
 
     def done(self): return tuple(t.done(s) for t, s in zip(self.takers, self.state))
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #6505074c
+# %% ../../nbs/7_transformers/02_reading.ipynb #0dc83964
 @patch
 def project(self:_Reader, func, args, kwargs):
     "A linear layer, of which a taker may want a part."
@@ -171,7 +175,17 @@ def hear(self:_Reader, frame, func, args, kwargs):
     for i in wanted: self.give(i, layer, call)
     return out if graph else func(*args, **kwargs)
 
-# %% ../../nbs/7_transformers/02_reading.ipynb #3dde58ef
+# %% ../../nbs/7_transformers/02_reading.ipynb #f0aceead
+def _still(model):
+    "`model_intact`, unless the model is in eval mode: then nothing that is done here changes it."
+    return model_intact(model) if any(m.training for m in model.modules()) else nullcontext()
+
+def _pass(reader, model, x, ask):
+    "A forward pass with a reader: logits."
+    also = ('linear',) if reader.linear else ()
+    with _still(model), listening(reader.modules, reader.hear, also): return ask(model, x)
+
+# %% ../../nbs/7_transformers/02_reading.ipynb #223817b1
 class Reading(NamedTuple):
     "What a pass gave."
     logits: torch.Tensor # (B,C)
@@ -182,14 +196,16 @@ def read_attention(
     model, # a module, such as a net of timm; it stays as it is, also when it raises
     x, # (B,3,H,W) images, in the model's precision
     *takers, # what to keep: `ClassRows('last 4')`, `PatchMean(range(5, 12))`, …
-    layout:AttentionLayout=None, # of images of this size; None: learned in a pass of its own
+    layout:AttentionLayout=None, # of images of this size; None: learned, once for each size
     ask=None, # a `Door` to the model; None: a plain one
 )->Reading:
     "One forward pass, and what the takers keep of its attention."
-    model = unwrap(model)
-    layout = layout or learn_attention(model, x[:1], ask)
-    reader = _Reader(model, layout, takers)
-    also = ('linear',) if reader.linear else ()
-    with model_intact(model), listening(reader.modules, reader.hear, also):
-        logits = (ask or Door())(model, x)
-    return Reading(logits, layout, reader.done())
+    model, ask = unwrap(model), ask or Door()
+    found = layout or learn_attention(model, x, ask)
+    reader = _Reader(model, found, takers)
+    logits = _pass(reader, model, x, ask)
+    if reader.hungry(): # the model is no longer what it was when it was learned
+        expect(layout is None, 'layout', layout, f'that of this {found.net}, whose calls differ')
+        reader = _Reader(model, found := learn_attention(model, x, ask, again=True), takers)
+        logits = _pass(reader, model, x, ask)
+    return Reading(logits, found, reader.done())
