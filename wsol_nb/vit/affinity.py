@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'refine', 'AffinityMaps']
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #deb1d43e
+# %% ../../nbs/7_transformers/08_affinity.ipynb #0547806f
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..core import expect
 from ..devices import no_autocast
 from ..localize.base import Localizer, find_localizer
 from ..registry import localizer
+from .attention import ClassAttention
 from .layout import layers_of, learn_attention
 from .reading import PatchMean, pick_layers, read_attention
+from .rows import attended, listening
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #0fcbca82
+# %% ../../nbs/7_transformers/08_affinity.ipynb #e1579ba1
 def _check_affinity(A):
     "Refuse what is no affinity; numbers are looked at on the CPU only."
     square = isinstance(A, torch.Tensor) and A.ndim > 1 and A.shape[-1] == A.shape[-2]
@@ -32,7 +35,7 @@ def _joined(A):
     lone = (A.sum(-1) == 0) | (A.sum(-2) == 0) # …,n
     return A + torch.diag_embed(lone.to(A.dtype))
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #718d327e
+# %% ../../nbs/7_transformers/08_affinity.ipynb #e5999fde
 def sinkhorn(
     affinity, # (…,N,N) not negative; row i: how much patch i looks at each
     steps:int=5, # alternations of columns and rows; 0: the affinity as it is
@@ -51,7 +54,7 @@ def sinkhorn(
     S = r[..., :, None]*A*c[..., None, :]
     return (S + S.mT)/2 if symmetric else S
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #daf05bab
+# %% ../../nbs/7_transformers/08_affinity.ipynb #5fcb4ebf
 def refine(
     maps, # (B,h,w) or (B,T,h,w)
     affinity, # (B,h·w,h·w), such as `sinkhorn` gives
@@ -68,48 +71,45 @@ def refine(
         for _ in range(power): m = affinity@m
     return m.mT.reshape(maps.shape)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #0adfaf86
-class _FirstPass(PatchMean):
-    "The mean of the first pass over all `n` images in which each of the layers was heard; or None."
-    def __init__(self, layers, n):
-        super().__init__(layers)
-        self.n, self.wanted = n, None
+# %% ../../nbs/7_transformers/08_affinity.ipynb #bf412e8f
+class _Overheard:
+    "The mean attention among patches of the first pass over all `n` images, heard as a whole."
+    def __init__(self, layout, layers, n):
+        self.layout, self.n, self.total, self.heard = layout, n, 0, []
+        self.layers = {layer[:2]: layer for layer in layers} # by name and number of the call
 
-    def chosen(self, layout):
-        found = layers_of(layout, self.kind)
-        if self.layers is None: found = found[len(found)//6:]
-        else: found = [found[i] for i in pick_layers(self.layers, len(found))]
-        self.wanted = len(found)
-        return found
+    def hear(self, frame, func, args, kwargs):
+        key, call = (frame.name, frame.number), attended(func, args, kwargs)
+        frame.number += 1
+        concerns = key in self.layers and call is not None and call.shape[0] == self.n
+        if concerns and not self.whole(): self.take(key, call)
+        return func(*args, **kwargs)
 
-    def whole(self, taken): return taken is not None and len(taken[1]) == self.wanted
+    def take(self, key, call):
+        if key in self.heard: self.total, self.heard = 0, [] # the pass before was broken off
+        mean, _ = PatchMean().take(call, self.layers[key], self.layout, None)
+        self.total, self.heard = self.total + mean, [*self.heard, key]
 
-    def take(self, call, layer, layout, before):
-        if self.whole(before) or call.shape[0] != self.n: return before
-        mean, _ = super().take(call, layer, layout, None)
-        total, heard = before or (0, ())
-        if layer[:2] in heard: total, heard = 0, () # the pass before was broken off
-        return total + mean, (*heard, layer[:2])
+    def whole(self): return len(self.heard) == len(self.layers)
+    def mean(self): return self.total/len(self.heard) # b,n,n
 
-    def done(self, taken): return taken[0]/self.wanted if self.whole(taken) else None
-
-# %% ../../nbs/7_transformers/08_affinity.ipynb #07ca41e6
+# %% ../../nbs/7_transformers/08_affinity.ipynb #b336940a
 def _on_grid(maps, grid):
     "Maps (B,h,w) or (B,T,h,w) at the grid's size, the mean of each cell."
     if tuple(maps.shape[-2:]) == tuple(grid): return maps.float()
     flat = maps.float().reshape(len(maps), -1, *maps.shape[-2:])
     return F.adaptive_avg_pool2d(flat, grid).reshape(*maps.shape[:-2], *grid)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #0c326cb2
+# %% ../../nbs/7_transformers/08_affinity.ipynb #67056d14
 @localizer(needs='tokens', passes='1', paper='Sinkhorn & Knopp, Pacific J. Math. 1967')
 class AffinityMaps(Localizer):
     "A token map handed along the attention between patches, which Sinkhorn's balance rids of hubs."
     def __init__(self,
         model, # a transformer that attends among all patches of an image
-        of='classattention', # whose maps, a localizer's name or class
+        of=ClassAttention, # whose maps: a localizer, its name or class
         *,
         # whose attention among patches is meant, see `pick_layers`; None: all but the first sixth
-        layers=None,
+        affinity_layers=None,
         steps:int=5, # of Sinkhorn's balance; 0: none
         power:int=2, # how often maps are handed along
         **kwargs # for the localizer
@@ -118,33 +118,38 @@ class AffinityMaps(Localizer):
         self.localizer = kind(model, **kwargs)
         own = dict(check=self.localizer.check, classes=self.localizer.classes)
         super().__init__(model, **own)
-        self.layers, self.steps, self.power = layers, steps, power
-        self.preset, self.layouts = self.localizer.preset, {}
+        self.affinity_layers, self.steps, self.power = affinity_layers, steps, power
+        self.preset, self.door = self.localizer.preset, self.localizer.door
 
-    def layout(self, x):
-        "What can be read of images like `x`; learned once for each size."
-        size = tuple(x.shape[1:])
-        if size not in self.layouts:
-            self.layouts[size] = learn_attention(self.model, x[:1], self.localizer.door)
-        return self.layouts[size]
-
-    def heard(self, x, ask):
-        "The mean attention among patches (B,N,N) in a pass that `ask` makes, and the layout."
-        layout = self.layout(x)
-        for way in (ask, self.localizer.door): # a pass more where attention was put aside
-            first = _FirstPass(self.layers, len(x))
-            A, = read_attention(self.model, x, first, layout=layout, ask=way).taken
-            if A is not None: return A, layout
-
-    def compute(self, x, target, create_graph):
-        own = {}
-        def ask(model, x):
-            own['logits'], own['maps'] = self.localizer.compute(x, target, create_graph)
-            return own['logits']
-        A, layout = self.heard(x, ask)
-        S = sinkhorn(A if create_graph else A.detach(), self.steps)
-        return own['logits'], refine(_on_grid(own['maps'], layout.grid), S, self.power)
+    def numbers(self, n):
+        "Which of n layers are meant."
+        if self.affinity_layers is None: return list(range(n//6, n))
+        return pick_layers(self.affinity_layers, n)
 
     def describe(self, preset=None):
-        how = f'layers={self.layers!r}, steps={self.steps}, power={self.power}'
+        layers = 'late' if self.affinity_layers is None else self.affinity_layers
+        how = f'affinity_layers={layers!r}, steps={self.steps}, power={self.power}'
         return f'{type(self).__name__}({self.localizer.describe(preset)}, {how})'
+
+# %% ../../nbs/7_transformers/08_affinity.ipynb #8d33adc7
+@patch
+def overhear(self:AffinityMaps, x, target, create_graph):
+    "Logits and maps (B[,T],H,W) of the localizer, attention (B,N,N) of its pass, and the grid."
+    layout = learn_attention(self.model, x, self.door)
+    found = layers_of(layout, 'patches')
+    numbers = self.numbers(len(found))
+    chosen = [found[i] for i in numbers]
+    listener = _Overheard(layout, chosen, len(x))
+    callers = {self.model.get_submodule(layer.name): layer.name for layer in chosen}
+    with listening(callers, listener.hear):
+        logits, maps = self.localizer.compute(x, target, create_graph)
+    if listener.whole(): return logits, maps, listener.mean(), layout.grid
+    A, = read_attention(self.model, x, PatchMean(numbers), ask=self.door).taken
+    return logits, maps, A, layout.grid
+
+@patch
+def compute(self:AffinityMaps, x, target, create_graph):
+    "The localizer's maps, refined."
+    logits, maps, A, grid = self.overhear(x, target, create_graph)
+    S = sinkhorn(A if create_graph else A.detach(), self.steps)
+    return logits, refine(_on_grid(maps, grid), S, self.power)
