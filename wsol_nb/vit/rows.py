@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Attended', 'attended', 'Frame', 'listening', 'Call', 'callers', 'attention_calls']
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #be33b3f9
+# %% ../../nbs/7_transformers/00_rows.ipynb #5fe352a4
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..cam.trace import eager
 from ..localize.outputs import Door
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #416d571f
+# %% ../../nbs/7_transformers/00_rows.ipynb #66a44db2
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
 def _masked(scores, mask, at):
@@ -45,7 +45,7 @@ class Attended:
         with torch.autocast(kind, enabled=False), torch._C.DisableTorchFunction():
             return self.scores(at).softmax(-1)
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #954e671a
+# %% ../../nbs/7_transformers/00_rows.ipynb #b2bb7d21
 _FUSED, _OPEN, _SHUT = 'scaled_dot_product_attention', 'softmax', 'multi_head_attention_forward'
 _NAMES = 'q', 'k', 'v', 'mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa'
 _LONG = dict(query='q', key='k', value='v', attn_mask='mask')
@@ -70,7 +70,7 @@ def _of_softmax(args, kwargs):
     last = scores.ndim > 2 and dim in (-1, scores.ndim - 1)
     return Attended(scores=scores) if last else None
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #ae18877b
+# %% ../../nbs/7_transformers/00_rows.ipynb #2fdb9743
 def attended(
     func, # a function that a net calls
     args:tuple, # what it gets
@@ -81,25 +81,32 @@ def attended(
     if name == _FUSED: return _of_fused(args, kwargs)
     return _of_softmax(args, kwargs) if name == _OPEN else None
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #1708ef7e
+# %% ../../nbs/7_transformers/00_rows.ipynb #ac6862d1
 class Frame:
     "A module that is running: its name, what it was given, how many calls it has made."
     def __init__(self, name, module, given):
         self.name, self.module, self.given, self.number = name, module, given, 0
 
 class _Listener(TorchFunctionMode):
-    "Hands calls of attention to `hear(frame, func, args, kwargs)`, and everything else on."
+    "Hands calls of attention to `hear(frame, func, args, kwargs)` while a module runs."
     def __init__(self, hear, also=()):
         super().__init__()
         self.hear, self.running = hear, []
         self.heard = {_FUSED, _OPEN, _SHUT, *also}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        concerns = self.running and getattr(func, '__name__', '') in self.heard
-        if not concerns: return func(*args, **(kwargs or {}))
+        if getattr(func, '__name__', '') not in self.heard: return func(*args, **(kwargs or {}))
         return self.hear(self.running[-1], func, args, kwargs or {})
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #cd93b652
+    def begin(self, frame): # a mode costs some microseconds a function: it is on while it is needed
+        if not self.running: self.__enter__()
+        self.running.append(frame)
+
+    def end(self):
+        self.running.pop()
+        if not self.running: self.__exit__(None, None, None)
+
+# %% ../../nbs/7_transformers/00_rows.ipynb #3c39cff6
 @contextmanager
 def listening(
     modules:dict, # {module: name}: those that may be the caller
@@ -108,16 +115,17 @@ def listening(
 ):
     "Inside, `hear` stands in for every call of attention that one of the modules makes."
     mode = _Listener(hear, also)
-    def enter(m, args): mode.running.append(Frame(modules[m], m, args))
-    def leave(m, args, out): mode.running.pop()
+    def enter(m, args): mode.begin(Frame(modules[m], m, args))
+    def leave(m, args, out): mode.end()
     handles = [m.register_forward_pre_hook(enter) for m in modules]
     handles += [m.register_forward_hook(leave) for m in modules]
     try:
-        with eager(), mode: yield
+        with eager(): yield
     finally:
+        while mode.running: mode.end() # something has raised
         for h in handles: h.remove()
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #0be42103
+# %% ../../nbs/7_transformers/00_rows.ipynb #58be5a0d
 class Call(NamedTuple):
     "A call of attention in a pass."
     name: str    # dotted name of the module that makes it
@@ -136,7 +144,7 @@ def callers(model): # {module: name}
     made = {m: n for n, m in model.named_modules() if any(True for _ in m.children())}
     return {m: n for m, n in made.items() if not isinstance(m, torch.jit.ScriptModule)}
 
-# %% ../../nbs/7_transformers/00_rows.ipynb #8d007fc0
+# %% ../../nbs/7_transformers/00_rows.ipynb #69619f99
 def attention_calls(
     model, # a module
     x, # (B,3,H,W) images
