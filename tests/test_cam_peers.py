@@ -177,3 +177,72 @@ def test_several_layers_are_those_of_pytorch_grad_cam(name):
     close(minmax(filled(mine.raw(images(), c))), torch.from_numpy(theirs))
     same_way = ours(big, target_layers=[big.net.layer4])
     assert torch.equal(same_way(images(), c), ours(big, 'net.layer4')(images(), c))
+
+
+# transformers: pytorch-grad-cam must be told layer and layout, here both are found
+
+def _rows(h, w): return lambda t: t[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+def _last(t): return t.permute(0, 3, 1, 2)
+
+
+TOKEN_NETS = dict( # how it is made, the layer by the peer's own tutorial, and how its output is laid out
+    vit=(lambda: timm.create_model('vit_tiny_patch16_224', num_classes=6, depth=4, dynamic_img_size=True),
+         lambda m: m.blocks[-1].norm1, _rows(8, 10)),
+    gap=(lambda: timm.create_model('vit_tiny_patch16_224', num_classes=6, depth=4, dynamic_img_size=True,
+                                   global_pool='avg'), lambda m: m.blocks, _rows(8, 10)),
+    swin=(lambda: timm.create_model('swin_tiny_patch4_window7_224', num_classes=6, depths=(1, 1, 1, 1),
+                                    dynamic_img_size=True), lambda m: m.norm, _last))
+
+
+def token_net(name):
+    if name not in _nets:
+        torch.manual_seed(3)
+        _nets[name] = TOKEN_NETS[name][0]().eval()
+    return _nets[name]
+
+
+def of_pgc_tokens(peer, net, name, c):
+    "pytorch-grad-cam's map with its `reshape_transform`."
+    _, layer, reshape = TOKEN_NETS[name]
+    targets = [pgc.utils.model_targets.ClassifierOutputTarget(i) for i in c]
+    with getattr(pgc, peer)(net, target_layers=[layer(token_net(name))], reshape_transform=reshape) as cam:
+        return torch.from_numpy(cam(images(), targets=targets))
+
+
+def best_classes(loc):
+    "A class an image for which the map is not empty."
+    every = loc.raw(images(), [list(range(6))]*2).relu()
+    return every.flatten(2).std(2).argmax(1).tolist()
+
+
+@pytest.mark.parametrize('peer, ours', [('GradCAM', GradCAM), ('XGradCAM', XGradCAM), ('LayerCAM', LayerCAM),
+                                        ('HiResCAM', HiResCAM)])
+@pytest.mark.parametrize('name', TOKEN_NETS)
+def test_tokens_as_with_reshape_transform(name, peer, ours):
+    net = token_net(name)
+    big = Scaled(net)
+    loc = ours(big)
+    c = best_classes(loc)
+    raw = loc.raw(images(), c)
+    if peer == 'HiResCAM': raw = raw.relu() # see above
+    assert big.get_submodule(loc.layers[0]) is TOKEN_NETS[name][1](net) # found, not named
+    close(as_pgc(filled(raw)), of_pgc_tokens(peer, big, name, c))
+
+
+def test_gradcam_plus_plus_behind_a_layer_norm():
+    "α = G²/(2G² + SG³) is a share where S ≥ 0; behind a norm S is not, and the peer keeps what is none."
+    big = Scaled(token_net('vit'))
+    loc = GradCAMPlusPlus(big)
+    c = best_classes(loc)
+    with torch.enable_grad():
+        watched = GradCAM(big).watch(images())
+        out, scores = watched.outs[0], watched.logits[range(2), c]
+        (A, G), = zip(*(watched.first([t.detach()]) for t in (out, *torch.autograd.grad(scores.sum(), out))))
+    S = A.sum((2, 3), keepdim=True)
+    den = 2*G**2 + S*G**3
+    theirs = weighted_sum((G**2/(den + 1e-6)*G.relu()).sum((2, 3)), A).relu() # 1e-6 is theirs
+    # where the denominator passes through zero, rounding is enlarged
+    helpers.same(as_pgc(theirs), of_pgc_tokens('GradCAMPlusPlus', big, 'vit', c), 5e-3)
+    share = torch.where(den > 0, G**2/torch.where(den > 0, den, 1.), 0.)
+    close(minmax(loc.raw(images(), c)), minmax(weighted_sum((share*G.relu()).sum((2, 3)), A).relu()))
+    assert (den < 0).any() and (as_pgc(loc.raw(images(), c)) - as_pgc(theirs)).abs().max() > .1

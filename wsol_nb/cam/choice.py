@@ -15,6 +15,7 @@ from torch import nn
 from .trace import (
     IDLE, RECTIFIERS, eager, follow, follow_end, hooked, is_pool)
 from ..core import expect
+from ..nets.tokens import TokenLayout, put_maps, token_maps
 from ..registry import did_you_mean
 
 # %% ../../nbs/3_cam/01_choice.ipynb #c509abb1
@@ -52,7 +53,8 @@ class Layer(NamedTuple):
     name: str # of a module
     call: object = None # which of its calls, or 'all'; None: it must be the only one
     then: str = None # the function applied to its output that is waited for
-    layout: object = None # one of `LAYOUTS`, or a callable output -> (B,K,h,w); None: not known yet
+    # one of `LAYOUTS`, a `TokenLayout`, or a callable output -> (B,K,h,w); None: not known yet
+    layout: object = None
     why: str = '' # it was chosen
 
     def __str__(self):
@@ -78,13 +80,15 @@ def as_layout(axis, ndim):
     "The name of a layout from the axis of its channels, 1 or -1."
     return next(l for l, n in LAYOUTS.items() if n == ndim and l.endswith('c') == (axis == -1))
 
-def channels_first(t, layout):
-    "A layer's output (B,K,…), whatever its layout."
+def channels_first(t, layout, n=None):
+    "A layer's output (B,K,…), whatever its layout; tokens must be those of `n` images."
+    if isinstance(layout, TokenLayout): return token_maps(t, layout, n)
     if callable(layout): return layout(t)
     return t.movedim(-1, 1) if layout.endswith('c') else t
 
-def channels_as_in(A, layout):
-    "The inverse, for a known layout."
+def channels_as_in(A, layout, like=None):
+    "The inverse, for a known layout; `like` is what the layer gave for one image."
+    if isinstance(layout, TokenLayout): return put_maps(A, like, layout)
     expect(not callable(layout), 'layout', layout, "'bchw' or 'bhwc': a function has no inverse")
     return A.movedim(1, -1) if layout.endswith('c') else A
 
@@ -125,7 +129,7 @@ def find_layout(model, name, shape, axis, x, ask, last=False):
 # %% ../../nbs/3_cam/01_choice.ipynb #ca8eedad
 def _once(step, seen): return [n for n, _ in step.names if seen.runs[n] == 1]
 
-def _place(step, seen):
+def place_of(step, seen):
     "The `Layer` that gives a step, run once if possible, or a rectifier right behind it; or None."
     before = step.inputs[0] if step.op in RECTIFIERS and step.inputs[0].wide else None
     if names := _once(step, seen): return Layer(names[-1])
@@ -135,11 +139,11 @@ def _place(step, seen):
             name, call = s.names[-1]
             return Layer(name, call - seen.runs[name], then)
 
-def _nearest(step, seen):
+def nearest(step, seen):
     "The nearest step before this one that a module gave, or None."
     todo, met = [step], set()
     for s in todo:
-        if s.wide and _place(s, seen): return s
+        if s.wide and place_of(s, seen): return s
         todo += [i for i in s.inputs if i not in met]
         met.update(s.inputs)
 
@@ -172,10 +176,10 @@ def _why(end, step, others):
 # %% ../../nbs/3_cam/01_choice.ipynb #46a5b060
 def _choose(end, seen):
     "The last of the steps that the classifier pools, or the nearest module before it; or None."
-    steps = [near for s in end.features() if (near := _nearest(s, seen))]
+    steps = [near for s in end.features() if (near := nearest(s, seen))]
     if not steps: return None
-    step, layer = steps[-1], _place(steps[-1], seen)
-    others = dict.fromkeys(str(_place(s, seen)) for s in steps)
+    step, layer = steps[-1], place_of(steps[-1], seen)
+    others = dict.fromkeys(str(place_of(s, seen)) for s in steps)
     others = [o for o in others if o != str(layer)]
     notes = _said(layer, seen, others, end.cramped)
     return Choice(layer._replace(why=_why(end, step, others)), step, notes)
@@ -200,12 +204,13 @@ def late_module(model):
 
 # %% ../../nbs/3_cam/01_choice.ipynb #85d08ca0
 def _refuse_tokens(model, layer, step, x):
-    "Refuse features that are no maps, by name."
+    "Refuse features that are no maps, by name; tokens of images are none yet."
     if len(step.shape) == x.ndim: return
     form = {3: '(B,K,l)', 4: '(B,K,h,w)', 5: '(B,K,d,h,w)'}[x.ndim]
-    raise ValueError(f'layer=None: the features of {type(model).__name__} are tokens, not maps '
-                     f'{form}: the classifier reads {layer.name!r} {step.shape}; name a layer, '
-                     'with layout= a function that makes maps of its output')
+    if x.ndim == 4 and len(step.shape) == 3: return
+    raise ValueError(f'layer=None: the features of {type(model).__name__} are not maps {form}: the '
+                     f'classifier reads {layer.name!r} {step.shape}; name a layer, with layout= a '
+                     'function that makes maps of its output')
 
 def _no_layer(model, x):
     "The error where no module gives what the classifier pools."
@@ -227,6 +232,7 @@ class Found(NamedTuple):
 def _found(model, x, ask, logits, seen, choice):
     layer, step, notes = choice
     _refuse_tokens(model, layer, step, x)
+    if len(step.shape) != x.ndim: return Found(layer, 0, None, logits, notes) # tokens
     layout = find_layout(model, layer.name, step.shape, step.axis, x, ask, last=True)
     call = 0 if layer.call is None else seen.runs[layer.name] + layer.call
     return Found(layer._replace(layout=layout), call, seen.kept.get(step), logits, notes)
@@ -238,7 +244,7 @@ def _at_once(model, x, ask):
     logits, seen = follow_end(model, x, begin, ask)
     end = seen.trace.of(logits)
     steps = end.features() if end and seen.trace.whole and not end.cramped else ()
-    places = [s in seen.kept and _place(s, seen) for s in steps]
+    places = [s in seen.kept and place_of(s, seen) for s in steps]
     clear = places and all(p and p.call is None for p in places)
     return _found(model, x, ask, logits, seen, _choose(end, seen)) if clear else None
 

@@ -13,9 +13,9 @@ import torch
 from fastcore.basics import patch
 from torch.overrides import TorchFunctionMode
 
-from wsol_nb.cam.choice import (
-    Layer, channels_first, check_call, check_layout, find_features, find_layer,
-    find_layout)
+from .choice import (
+    Layer, channels_first, check_call, check_layout, find_layer, find_layout)
+from .patches import find_read, layout_of_tokens
 from .trace import Trace, eager, hooked, leaf
 from ..core import expect
 from ..localize.base import Localizer
@@ -42,7 +42,9 @@ class Seen:
         self.acts = self.first(outs) # (B,K,h,w), whatever the layout
         self._grads = None
 
-    def first(self, ts): return [channels_first(t, l.layout) for t, l in zip(ts, self.layers)]
+    def first(self, ts):
+        n = len(self.logits)
+        return [channels_first(t, l.layout, n) for t, l in zip(ts, self.layers)]
 
     def gradients(self, target, create_graph):
         "Of each of T targets the gradients (B,K,h,w) at all layers; and whether T was asked for."
@@ -150,6 +152,8 @@ class _Reader:
         self.then.read = lambda t: self.keep(layer, t)
 
     def keep(self, layer, out):
+        pair = isinstance(out, tuple) and out and isinstance(out[0], torch.Tensor)
+        if pair: return self.keep(layer, out[0]), *out[1:] # maps, and tokens that go along
         _check_output(out, layer.name)
         out = leaf(out)
         self.outs[layer.name].append(out)
@@ -162,6 +166,9 @@ def _with_layout(layer, reader, model, x, ask):
     if layer.layout is not None: return layer
     outs, step = reader.outs[layer.name], reader.steps.get(layer.name)
     shape, axis = outs[0].shape, step and step.axis
+    if x.ndim == 4 and (len(shape) == 3 or axis != 1):
+        layout = layout_of_tokens(model, layer.name, outs[0], x)
+        if layout: return layer._replace(layout=layout)
     _check_maps(outs[0], layer, x)
     return layer._replace(layout=find_layout(model, layer.name, shape, axis, x, ask))
 
@@ -248,7 +255,7 @@ def _say(loc, found):
 def find(self:_AtLayers, x, read=True):
     "The layer that the classifier pools, and what the pass that found it showed, or None."
     on = torch.is_grad_enabled()
-    found = find_features(self.model, x, self.door)
+    found = find_read(self.model, x, self.door)
     _say(self, found)
     layers = [found.layer]
     if read and found.out is not None:

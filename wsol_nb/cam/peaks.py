@@ -16,6 +16,7 @@ from ..core import expect, plain_tensor
 from ..localize.base import class_names, model_intact, unwrap
 from ..localize.target import Target
 from ..nets.heads import find_peaks
+from ..nets.tokens import TokenBody
 
 # %% ../../nbs/3_cam/07_peaks.ipynb #aaa8aee1
 def _conv_rule(m, args, out):
@@ -79,6 +80,14 @@ def _walks(class_map, at, image):
     walks = [walk(r, c)[0].sum(0) for r, c in at.tolist()]
     return torch.stack(walks) if walks else image.new_zeros((0, *image.shape[-2:])).detach()
 
+# %% ../../nbs/3_cam/07_peaks.ipynb #3ac60ba9
+def _check_walkable(model):
+    "Refuse nets that mix positions by attention, through which no rule walks back."
+    trunk = next((m for m in model.modules() if isinstance(m, TokenBody)), None)
+    if trunk is not None:
+        raise ValueError(f'model: {type(trunk.net).__name__} mixes positions by attention; peak '
+                         'responses walk back through convolutions; responses=False finds the peaks')
+
 # %% ../../nbs/3_cam/07_peaks.ipynb #b0e16c79
 def peak_responses(
     model, # with `forward_maps`, trained with `PRM`
@@ -94,6 +103,7 @@ def peak_responses(
     if not hasattr(model, 'forward_maps'):
         kind = type(model).__name__
         raise TypeError(f'model: {kind} has no forward_maps, so it has no class maps')
+    if responses: _check_walkable(model)
     one = want.score_fn is None and (want.index is None or want.index.ndim == 1)
     expect(one, 'target', target, 'a class position, or one an image; peaks belong to one class')
     with model_intact(model), torch.set_grad_enabled(responses):

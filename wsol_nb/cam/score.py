@@ -42,6 +42,7 @@ def _jobs(asked, bs, progress):
 def _weighed(loc, seen, i, target, create_graph):
     "The map of a layer's channels with the weights that the localizer finds for them."
     A, target, loc.at = seen.acts[i], target.pinned(seen.logits), seen.places[i]
+    loc.out = seen.outs[i].detach() # as the layer gave it
     several = target.scores(seen.logits).ndim == 2
     with torch.no_grad(), eager():
         w = loc.channel_weights(seen.x, A.detach(), target, seen.logits.detach()) # b,t,k
@@ -64,7 +65,7 @@ class ChannelLocalizer(LayerLocalizer):
             counts = v is None or isinstance(v, int) and v >= 1
             expect(counts, name, v, 'a whole number of at least 1')
         self.channels, self.bs, self.progress = channels, bs, progress
-        self.kept = self.at = None
+        self.kept = self.at = self.out = None
 
     def chosen(self, A): # list of (k,) channel positions, one tensor an image
         "The channels to ask about: those that vary, or the budget's share of them."
@@ -258,8 +259,8 @@ def _close(out, logits):
 # %% ../../nbs/3_cam/05_score.ipynb #2e27f787
 class _Tail:
     "A net from a call of a layer on, for one image: logits from what the layer gives there."
-    def __init__(self, model, layer, x, A, logits, ask):
-        self.model, self.at, self.x, self.ask = model, layer, x, ask
+    def __init__(self, model, layer, x, A, logits, ask, out=None):
+        self.model, self.at, self.x, self.ask, self.out = model, layer, x, ask, out
         self.layer, call = model.get_submodule(layer.name), layer.call or 0
         beside = _beside(model, layer.name)
         self.memory = _outputs_before(model, self.layer, call, beside, x, ask)
@@ -274,10 +275,12 @@ class _Tail:
         try: return _close(self(A.repeat(2, *[1]*(A.ndim - 1))), logits)
         except RuntimeError: return False
 
+    def as_given(self, A): return channels_as_in(A, self.at.layout, self.out)
+
     def __call__(self, A):
         "Logits (k,C) for outputs A (k,K,h,w) of the layer, which the net may overwrite."
         forwards = {m: _replay(m.forward, outs, len(A)) for m, outs in self.memory.items()}
-        outs = [*(_spread(o, len(A)) for o in self.earlier), channels_as_in(A, self.at.layout)]
+        outs = [*(_spread(o, len(A)) for o in self.earlier), self.as_given(A)]
         forwards[self.layer] = _replay(self.layer.forward, outs, len(A))
         copies = self.x.expand(len(A), *self.x.shape[1:])
         with _answering(forwards): return self.ask(self.model, copies)
@@ -302,7 +305,8 @@ class AblationCAM(ChannelLocalizer):
             for i, ks in self.jobs(self.chosen_alive(A)):
                 if at != i: # the first channels of another image
                     at, one = i, [t[i:i + 1] for t in (x, A, logits)]
-                    tail = _Tail(model, self.at, *one, self.door)
+                    out = self.out[i:i + 1].to(A.dtype)
+                    tail = _Tail(model, self.at, *one, self.door, out)
                     whole = _scores_of(target, logits, i, tail(one[1].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T

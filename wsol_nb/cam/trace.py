@@ -10,6 +10,7 @@ import re
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
+from itertools import count
 
 import torch
 from fastcore.basics import patch
@@ -21,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 def hooked(modules, fn):
     "Hooks `fn(module, call, args, out)`, gone afterwards, also when something raises; the counts."
     calls = {}
-    def count(m, args, out):
+    def each(m, args, out):
         i = calls[m] = calls.get(m, -1) + 1
         return fn(m, i, args, out)
     seen = (m for m in modules if not isinstance(m, torch.jit.ScriptModule))
-    handles = [m.register_forward_hook(count) for m in seen]
+    handles = [m.register_forward_hook(each) for m in seen]
     try: yield calls
     finally:
         for h in handles: h.remove()
@@ -36,13 +37,17 @@ def eager():
     return late('force_eager') if late else nullcontext()
 
 # %% ../../nbs/3_cam/00_trace.ipynb #7ae94afd
+_serial = count()
+
 def _union(groups): return tuple(dict.fromkeys(s for g in groups for s in g))
 
 class Step:
     "A tensor of a pass: the operation that made it, of which steps, and the modules that gave it."
     def __init__(self, op, shape, inputs=(), weighted=False, axis=None):
         self.op, self.shape, self.inputs, self.axis = op, tuple(shape), inputs, axis
+        self.at = next(_serial) # the order in which they were made
         self.wide = sum(n > 1 for n in shape[1:]) > 1
+        self.index = None # what was picked of its input, where it was
         self.names = [] # (name, call) of the modules whose output it was, the innermost first
         self.cramped = not self.wide and any(s.cramped for s in inputs) # see `Trace`
         if self.wide:
@@ -170,6 +175,7 @@ def _note(trace, name, args, kwargs, inputs, t):
     if x.axis is None: x.axis = _told(name, args, kwargs, x)
     step = Step(name, shape, tuple(inputs), _is_weighted(trace, name, args, kwargs),
                 _axis(name, args, kwargs, x, inputs, shape))
+    if name == '__getitem__': step.index = args[1]
     if name in _CONVS and _is_cramped(args, kwargs, shape): step.cramped = True
     if not step.wide and _comes_from_elsewhere(trace, args, kwargs): trace.whole = False
     if name in _SAME and x.shape == shape: trace.put(t, x, trace.of(args[0], own=True) is not None)

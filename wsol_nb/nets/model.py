@@ -15,6 +15,7 @@ from torch import nn
 from ..core import env_folder, expect
 from .bodies import (
     REFERENCE, extra_layer, load_body, load_state, local_weights, make_body, read_state)
+from .trunks import Trunk
 import timm
 
 # %% ../../nbs/2_training/02_model.ipynb #da4e8d8f
@@ -107,9 +108,10 @@ def _no_weights(arch, e):
 def _from_hub(body, arch):
     "Load the weights of timm's hub into a body."
     try:
-        name, bare = REFERENCE.get(arch, arch), dict(num_classes=0, global_pool='')
-        theirs = timm.create_model(name, pretrained=True, **bare)
-        body.load_state_dict(theirs.state_dict(), strict=False)
+        name, net = REFERENCE.get(arch, arch), getattr(body, 'net', body)
+        pool = {} if net is not body else dict(global_pool='') # a trunk's net may have to pool
+        theirs = timm.create_model(name, pretrained=True, num_classes=0, **pool)
+        net.load_state_dict(theirs.state_dict(), strict=False)
     except Exception as e: raise ValueError(_no_weights(arch, e)) from e
 
 # %% ../../nbs/2_training/02_model.ipynb #f5a3f97f
@@ -134,6 +136,9 @@ def _linear(net, x):
 # %% ../../nbs/2_training/02_model.ipynb #159e0b0c
 def _kept_head(arch, state, body):
     "The classifier of a net's weights as a `Head`."
+    if isinstance(body, Trunk):
+        raise ValueError(f"head='keep': {arch} is a transformer, whose classifier is not one linear "
+                         "layer on averaged features; GradCAM explains timm's own model")
     classifier = body.default_cfg['classifier']
     n = len(state[f'{classifier}.weight'])
     net = timm.create_model(arch, num_classes=n).eval()
@@ -177,7 +182,7 @@ def _ready_model(arch, n_classes, pretrained, stride, verbose):
 
 # %% ../../nbs/2_training/02_model.ipynb #8bb0b087
 def wsol_model(
-    # a timm CNN, e.g. 'resnet50', 'mobilenetv2_100', or a reference net, e.g. 'wsol_vgg16'
+    # of timm, e.g. 'resnet50', 'vit_tiny_patch16_224', or of the reference, e.g. 'wsol_vgg16'
     arch:str,
     n_classes:int, # C; None: as many as the head that is kept
     pretrained=False, # False, True (WSOL_WEIGHTS, then timm's hub) or a state-dict file
@@ -187,7 +192,7 @@ def wsol_model(
     head=Head,
     verbose:bool=True, # say which weights were loaded and what was left out
 )->WSOLModel:
-    "A timm CNN as a localizable classifier."
+    "A timm net as a localizable classifier."
     if head == 'keep': return _ready_model(arch, n_classes, pretrained, stride, verbose)
     whole = isinstance(n_classes, int) and n_classes >= 1
     expect(whole, 'n_classes', n_classes, 'a whole number of at least 1')

@@ -80,7 +80,13 @@ class AllRows(_Listed):
 
 class KeptCalls(_Listed):
     "(layer, call) of each of the layers; the calls compute rows when they are asked."
-    kind = 'any'
+    def __init__(self, layers='all',
+        kind:str='any', # see `layers_of`
+        graph:bool=False, # the net goes on with the calls' rows, which have a gradient
+    ):
+        super().__init__(layers)
+        self.kind, self.graph = kind, graph
+
     def of(self, call, layer): return layer, call
 
 # %% ../../nbs/7_transformers/02_reading.ipynb #7636e17f

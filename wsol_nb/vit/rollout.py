@@ -48,8 +48,8 @@ class Flow:
 # %% ../../nbs/7_transformers/04_rollout.ipynb #081ebe5c
 class RowNorm:
     "B of a layer: heads fused, small entries dropped, the token itself added, rows that sum to 1."
-    def __init__(self, heads='mean', residual=True, discard=0.):
-        self.heads, self.residual, self.discard = heads, residual, discard
+    def __init__(self, heads='mean', residual=True, discard=0., norm=True):
+        self.heads, self.residual, self.discard, self.norm = heads, residual, discard, norm
 
     def step(self, n): return n if self.discard else min(n, 256)
 
@@ -58,7 +58,7 @@ class RowNorm:
         if self.discard: A = _without_smallest(A, self.discard)
         if self.residual and at is not None:
             A = A + torch.eye(A.shape[2], device=A.device, dtype=A.dtype)[at]
-        return A/A.sum(-1, keepdim=True).clamp(min=1e-30)
+        return A/A.sum(-1, keepdim=True).clamp(min=1e-30) if self.norm else A
 
 def _without_smallest(A, share):
     "A with the smallest entries of each image set to 0; the class token's look at itself stays."
