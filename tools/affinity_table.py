@@ -3,6 +3,8 @@
     python tools/affinity_table.py study [--work FOLDER]
     python tools/affinity_table.py scores [CUB VOC DAVIS GlaS HEGlaS world]
     python tools/affinity_table.py hubs
+    python tools/affinity_table.py grids
+    python tools/affinity_table.py pairs
     python tools/affinity_table.py times
 
 The ViT-Tiny of WSOL_WEIGHTS, trained on ImageNet with labels and on nothing else; no picture is trained on.
@@ -10,11 +12,14 @@ The ViT-Tiny of WSOL_WEIGHTS, trained on ImageNet with labels and on nothing els
 birds (CUB), photographs (VOC-SCRIBBLE) and video (DAVIS); the best mean MaxBoxAccV2 of the three is the
 default of `AffinityMaps`. `scores` has the test splits, whole maps class-agnostic, beside the base map, the
 product without a balance, the centre and the whole picture; τ both oracle and carried over from val.
-`hubs` says who looks at whom. `times` measures one picture on one core. Rows that are there are left out.
+`hubs` says who looks at whom. `grids` has larger pictures on the val splits. `pairs` puts two photographs
+side by side and asks for the class that the net sees in one of them alone. `times` measures one picture on
+one core. Rows that are there are left out.
 """
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +27,14 @@ import torch
 from torch import nn
 
 from wsol_nb.core import env_folder
+from wsol_nb.cam.gradient import GradCAM
 from wsol_nb.localize.maps import reference_score_map
+from wsol_nb.metrics.pixels import PxAP
 from wsol_nb.nets.bodies import local_weights, read_state
 from wsol_nb.results import Rows, origin, results_folder
 from wsol_nb.scoring.scorer import Scorer
-from wsol_nb.vit.affinity import refine, sinkhorn
+from wsol_nb.vit.affinity import AffinityMaps, refine, sinkhorn
+from wsol_nb.vit.attention import ClassAttention, TokenLocalizer
 from wsol_nb.vit.layout import learn_attention
 from wsol_nb.vit.reading import AllRows, ClassRows, PatchMean, Projected, read_attention
 from affinity_data import ROLES, drawn_by, loaders
@@ -252,6 +260,73 @@ def hubs(a, rows, source):
         print(*found, sep='\n', flush=True)
 
 
+# larger pictures, on val
+
+def grids(a, rows, source):
+    "The default and its base map at several sizes; position embeddings are interpolated."
+    for size in (224, 320, 384):
+        for name in CHOSEN_ON:
+            key = dict(data=name, split=ROLES[name][0], size=size)
+            if rows.having(**key, map='AffinityMaps'): continue
+            p = Pictures(name, ROLES[name][0], a.work, size=size)
+            for what, _, maps in variants(p):
+                if what not in ('class attention, last 4 layers', 'AffinityMaps'): continue
+                row = key | dict(map=what) | figures(p.scored(maps))
+                rows.add([row | source], **key, map=what)
+                print(row, flush=True)
+
+
+# two pictures in one
+
+class ClassGradient(TokenLocalizer):
+    "Class attention where it speaks for the class: positive gradient times row, mean of the last layers."
+    shown = ()
+
+    def compute(self, x, target, create_graph):
+        with torch.enable_grad():
+            logits, layout, (A,) = self.read(x, AllRows('last 4', graph=True))
+            grads = torch.autograd.grad(target.scores(logits).sum(), A)
+        rows = [(G*B).relu().mean(1)[:, 0] for G, B in zip(grads, A)]
+        return logits, layout.on_grid(sum(rows)/len(rows)).detach()
+
+
+CLASS_MAPS = {'class attention': ClassAttention, 'attention x gradient': ClassGradient, 'Grad-CAM': GradCAM}
+
+
+def neighbours(part, net, n):
+    "Pairs of pictures that follow each other and are of different classes to the net, with these classes."
+    xs = torch.stack([part.dataset[i][0] for i in range(min(2*n, len(part)))])
+    with torch.no_grad(): y = torch.cat([net(x).argmax(1) for x in xs.split(8)]).tolist()
+    return [(i, i + 1, y[i], y[i + 1], torch.cat([xs[i], xs[i + 1]], -1))
+            for i in range(0, len(xs) - 1, 2) if y[i] != y[i + 1]]
+
+
+def pairs(a, rows, source):
+    "The object of one of two pictures side by side, by its class: PxAP, and whose half the map's mass is in."
+    part, net = loaders('VOC', a.work).localizable('test'), vit()
+    found = neighbours(part, net, 60)
+    for name, kind in CLASS_MAPS.items():
+        for how, make in (('map', kind), ('product without balance', partial(AffinityMaps, of=kind, steps=0)),
+                          ('AffinityMaps', partial(AffinityMaps, of=kind))):
+            if rows.having(of=name, map=how): continue
+            loc, pixels, inside, n = make(net), PxAP(None, .5, 200), [], 0
+            for i, j, left, right, x in found:
+                maps = loc(x[None].expand(2, -1, -1, -1), [left, right])
+                for k, (m, at) in enumerate(zip(maps.double().numpy(), (i, j))):
+                    mask = np.zeros(m.shape, np.uint8)
+                    half = slice(224*k, 224*(k + 1))
+                    mask[:, half] = part.mask(at)
+                    pixels.update(m.clip(0, 1), mask, part.df.image_id[at])
+                    inside.append(m[:, half].sum()/m.sum() if m.any() else .5)
+            ap = pixels.compute()
+            row = dict(of=name, map=how, maps=len(inside), pxap=ap['pxap']['value'], low=ap['pxap']['low'],
+                       high=ap['pxap']['high'], ones=ap['all_ones']['pxap'],
+                       in_half=100*float(np.mean(inside)))
+            row = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
+            rows.add([row | source], of=name, map=how)
+            print(row, flush=True)
+
+
 # how long it takes
 
 def times(a, rows, source):
@@ -269,7 +344,7 @@ def times(a, rows, source):
                      read_attention(net, x, row4, patches, layout=layout).taken[1]))}
         for what, call in calls.items():
             pairs = []
-            for _ in range(31):
+            for _ in range(41):
                 marks = [time.process_time()]
                 for f in (lambda: net(x), call):
                     f()
@@ -282,7 +357,7 @@ def times(a, rows, source):
             print(row, flush=True)
 
 
-PARTS = dict(study=study, scores=scores, hubs=hubs, times=times)
+PARTS = dict(study=study, scores=scores, hubs=hubs, grids=grids, pairs=pairs, times=times)
 
 
 def main():
