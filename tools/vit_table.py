@@ -24,6 +24,7 @@ from wsol_nb.metrics.boxes import centre_map
 from wsol_nb.metrics.contours import TAUS
 from wsol_nb.nets.bodies import local_weights, read_state
 from wsol_nb.results import Rows, origin, results_folder
+from wsol_nb.vit.affinity import AffinityMaps
 from wsol_nb.vit.attention import ClassAttention
 from wsol_nb.vit.heads import best_head, map_overlaps, oracle_head
 from wsol_nb.vit.rollout import Rollout
@@ -79,6 +80,9 @@ ROWS = {
     'rollout, discard .9, mean': partial(R, discard=.9),
     'rollout, discard .9, max': partial(R, discard=.9, heads='max'),
     'rollout, discard .9, min': partial(R, discard=.9, heads='min'),
+    'affinity, last 4 layers': AffinityMaps,
+    'affinity without balance': partial(AffinityMaps, steps=0),
+    'affinity, rollout': partial(AffinityMaps, of=R),
 }
 # Rows of several maps an image, of which one is chosen: name -> (localizer, how)
 HEADS = partial(A, layers=-1, heads='all')

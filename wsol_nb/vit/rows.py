@@ -40,9 +40,10 @@ class Attended:
         return _masked(products, self.mask, at)
 
     def rows(self, at=slice(None)): # at: a slice of queries
-        "Rows of attention (B,heads,nq,Nk)."
+        "Rows of attention (B,heads,nq,Nk); whoever listens around does not hear this softmax."
         kind = (self.k if self.given is None else self.given).device.type
-        with torch.autocast(kind, enabled=False): return self.scores(at).softmax(-1)
+        with torch.autocast(kind, enabled=False), torch._C.DisableTorchFunction():
+            return self.scores(at).softmax(-1)
 
 # %% ../../nbs/7_transformers/00_rows.ipynb #b2bb7d21
 _FUSED, _OPEN, _SHUT = 'scaled_dot_product_attention', 'softmax', 'multi_head_attention_forward'
