@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from wsol_nb.core import set_seed  # first: lets timm be imported beside a CUDA torchvision
 
 pytest.register_assert_rewrite('helpers')
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 
 
 @pytest.fixture(autouse=True)

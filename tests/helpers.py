@@ -69,7 +69,7 @@ def same(a, b, tol=0):
     b = torch.as_tensor(b, dtype=a.dtype).detach()
     assert a.shape == b.shape, f'shapes differ: {tuple(a.shape)} and {tuple(b.shape)}'
     off = (a - b).abs().max()
-    assert off <= tol, f'values differ by up to {off:.3g}, more than {tol:.3g}'
+    assert off <= tol, f'values differ by up to {float(off):.3g}, more than {float(tol):.3g}'
 
 
 def same_state(a, b):

@@ -14,6 +14,7 @@ import resource
 import pytest
 import torch
 from helpers import images, same
+from small import small_arch, two_stages
 from torch import nn
 
 from wsol_nb.cam.gradient import GradCAM, LayerCAM, XGradCAM, localize_all
@@ -546,10 +547,10 @@ def test_who_is_not_asked_has_a_reason():
 @pytest.mark.parametrize('name', METHODS)
 def test_methods(name):
     "With its defaults a method comes back from JSON, and what it trains has a loss and maps."
-    stage1 = dict(classifier=method_to_dict(GAP())) if METHODS[name].facts.get('stages') == 2 else {}
+    stage1 = dict(classifier=method_to_dict(GAP())) if two_stages(name) else {}
     method = METHODS[name].load()(**stage1)
     assert method_from_dict(json.loads(json.dumps(method_to_dict(method)))) == method
-    model = method.model('resnet10t', 5, stride=16, verbose=False)
+    model = method.model(n_classes=5, verbose=False, **small_arch(name))
     assert callable(method.loss())
     assert all(p.requires_grad for group in method.param_groups(model) for p in group)
     maps = method.localizer(model)(images(n=2), 1)

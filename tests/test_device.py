@@ -112,7 +112,9 @@ def test_a_training_step_waits_for_nothing(name, dls, tmp_path):
         assert said(ours(waits(step))) == []
         assert len(ours(step)) <= (entries('method')[name].facts['stages'] == 2)
         assert len([c for c in waits(step) if not c.ours]) <= 1, said(step) # fastai's Recorder
-    same(losses, here(name, dls, tmp_path), 0)
+    # fused attention is another kernel there
+    attends = 'class token' in entries('method')[name].facts.get('needs', '')
+    same(losses, here(name, dls, tmp_path), 1e-5*attends)
 
 
 class LossOfSteps(Callback):
@@ -128,7 +130,7 @@ class LossOfSteps(Callback):
 
 
 def here(name, dls, path, cbs=(), **fields):
-    set_seed(0)
+    copies.made_once(name, dls, path, **fields)
     seen = LossOfSteps()
     fit_quietly(copies.small_learner(name, dls, path, [seen, *cbs], **fields))
     assert seen.finite and all(seen.finite)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 from elsewhere import WAITS, Elsewhere
+from small import small_arch, small_fields, two_stages
 
 from wsol_nb.core import set_seed
 from wsol_nb.cam.gradient import GradCAM
@@ -49,14 +50,23 @@ def small_world(folder):
 
 def small_learner(name, dls, path, cbs=(), **fields):
     "A learner of the method on a tiny net; a second stage stands on an untrained classifier."
-    entry, options = entries('method')[name], dict(opt_func=adam, localization=False, path=path)
-    kind = entry.load()
-    if entry.facts['stages'] == 2:
+    kind, options = entries('method')[name].load(), dict(opt_func=adam, localization=False, path=path)
+    fields = small_fields(name) | fields
+    if two_stages(name):
         first = wsol_learner(dls, 'resnet10t', GAP(), stride=16, verbose=False, **options)
         fields |= dict(stage1=first)
     fields |= {k: v for k, v in EVERYTHING.items() if k in kind.__dataclass_fields__}
-    arch = {} if 'stage1' in fields else dict(arch='resnet10t', stride=16, verbose=False)
+    arch = {} if 'stage1' in fields else small_arch(name) | dict(verbose=False)
     return wsol_learner(dls, method=kind(**fields), cbs=cbs, **arch, **options)
+
+
+def made_once(name, dls, path, **fields):
+    "What a method makes of each image before its training, on this device."
+    set_seed(0)
+    if name == 'DiPS':
+        learn = small_learner(name, dls, path, **fields)
+        learn.method.keep(learn, None)
+    set_seed(0)
 
 
 class CrossingsOfSteps(Callback):
@@ -86,7 +96,7 @@ def _to_host(b, cpu=True, gather=True):
 
 def training(name, dls, path, **fields):
     "What each step of a method's training asked of the device: lists of `Crossing`s; and the losses."
-    set_seed(0)
+    made_once(name, dls, path, **fields)
     with Elsewhere() as d:
         seen = CrossingsOfSteps(d)
         learn = small_learner(name, dls.new().to(d.device), path, [seen, BatchIsThere(d)], **fields)

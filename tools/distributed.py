@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from small import small_arch, small_fields, two_stages
 from torch import nn
 
 import wsol_nb
@@ -51,9 +52,6 @@ def config(root, dataset, method, epochs=2):
     return dict(schema=1, **net, method=method_to_dict(method), data=data, train=train)
 
 
-def has_first_stage(name): return entries('method')[name].facts.get('stages') == 2
-
-
 def world_of(name):
     "Tissue for what learns from negative images."
     return TissueWorld() if name == 'NEGEV' else ObjectsWorld()
@@ -62,8 +60,10 @@ def world_of(name):
 def setting(name, root):
     "The config of a method, on a first stage where it has one."
     kind, dataset = entries('method')[name].load(), world_of(name).dataset
-    if not has_first_stage(name): return config(root, dataset, kind())
-    return config(root, dataset, kind(stage1=f'{root}/first-{dataset}')) | dict(arch=None, stride=None)
+    own = small_fields(name)
+    if not two_stages(name): return config(root, dataset, kind(**own)) | small_arch(name)
+    first = f'{root}/first-{dataset}'
+    return config(root, dataset, kind(stage1=first, **own)) | dict(arch=None, stride=None)
 
 
 def prepare(root, names):
@@ -71,7 +71,7 @@ def prepare(root, names):
     for name in names:
         dataset = write_world(root, world_of(name), n_train=20, n_val=7, n_test=4, progress=False).name
         first = Path(root)/f'first-{dataset}'
-        if has_first_stage(name) and not first.is_dir():
+        if two_stages(name) and not first.is_dir():
             fit_run(config(root, dataset, GAP(), epochs=1), first, progress=False)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from gpu_kit import peak_mb
+from small import small_arch, small_fields, two_stages
 
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.localize.base import unwrap
@@ -67,9 +68,10 @@ class Trial:
 
     def learner(self, entry, how, path, watch):
         "A learner of a method, in a precision or compiled."
-        second = entry.facts.get('stages') == 2
-        method = entry.load()(**dict(stage1=self.stage1) if second else {})
-        net = {} if second else dict(arch='test_resnet', stride=8)
+        second = two_stages(entry.name)
+        first = dict(stage1=self.stage1) if second else {}
+        method = entry.load()(**first, **small_fields(entry.name))
+        net = {} if second else small_arch(entry.name, 'test_resnet', 8)
         learn = wsol_learner(self.dls, method=method, localization=False, path=path,
                              cbs=[Checkpoint(path), watch], **net)
         learn.to(self.part.device)

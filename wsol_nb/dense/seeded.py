@@ -90,6 +90,8 @@ class _TermMeans(Callback):
         own = [ValueMetric(partial(self.mean_of, k), k) for k in self.criterion.terms]
         others = [m for m in self.learn.metrics if m.name not in self.criterion.terms]
         self.learn.metrics = others + own
+        for term in self.criterion.terms.values():
+            if hasattr(term, 'set_model'): term.set_model(unwrap(self.learn.model))
 
     def before_epoch(self):
         self.sums, self.steps = dict.fromkeys(self.criterion.terms, 0.), 0
@@ -112,7 +114,7 @@ class _TermMeans(Callback):
 # %% ../../nbs/6_dense/03_seeded.ipynb #34d8059f
 class DrawSeeds(_TermMeans):
     "Gives the loss its seeds: drawn from a localizer's maps of the true class, or stored."
-    order, kept = 5, False
+    order, stored = 5, False
     def __init__(self, method): self.method = method
 
     def before_fit(self):
@@ -121,7 +123,7 @@ class DrawSeeds(_TermMeans):
         ds = self.dls.train.dataset
         if ds.maps is not None: return
         ds.maps = self.method.keep(self.learn, self.seeder)
-        self.kept = ds.maps is not None
+        self.stored = ds.maps is not None
 
     def after_pred(self):
         if not self.training: return
@@ -129,7 +131,8 @@ class DrawSeeds(_TermMeans):
         with without_waiting():
             if stored: seeds = self.method.from_stored(stored[0], size, y)
             else: seeds = self.method.draw(self.raw(y), size, y)
-        if stored and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
+        given = stored and stored[0].dtype == torch.int64
+        if given and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
         self.learn.yb = (y, self.x, seeds)
 
     def raw(self, y):
@@ -138,7 +141,7 @@ class DrawSeeds(_TermMeans):
         return _own_maps(self.seeder, self.pred, self.x, y) if there else self.seeder.raw(self.x, y)
 
     def after_fit(self):
-        if self.kept: self.dls.train.dataset.maps = None # the loaders are as they were
+        if self.stored: self.dls.train.dataset.maps = None # the loaders are as they were
 
 # %% ../../nbs/6_dense/03_seeded.ipynb #bcbba634
 def _localizer_name(seeds):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['proposal_seeds', 'pick_proposals', 'ProposalStore', 'GateTerm', 'head_maps', 'make_proposals', 'DiPS']
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #2c511801
+# %% ../../nbs/7_transformers/22_fusion.ipynb #f458658b
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..registry import method
 from .proposals import Proposals, box_masks, candidate_maps, propose
 from .reading import ClassRows, read_attention
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #84736ff2
+# %% ../../nbs/7_transformers/22_fusion.ipynb #4c0f0f3b
 def proposal_seeds(
     maps, # (B,h,w) in [0,1]: the map of each image's proposal
     rois, # (B,h,w) bool: its filled box
@@ -47,7 +47,7 @@ def proposal_seeds(
     wide = F.max_pool2d(torch.stack(drawn, 1).float(), dilate, 1, dilate//2).bool()
     return merge_seeds(*wide.unbind(1))
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #ac99264c
+# %% ../../nbs/7_transformers/22_fusion.ipynb #de753e9d
 def pick_proposals(
     rois, # (B,n,h,w) filled boxes; an empty one is none
     noise, # (B,n) uniform in [0,1)
@@ -56,7 +56,7 @@ def pick_proposals(
     there = rois.flatten(2).any(2)
     return (noise + 1e-3).masked_fill(~there, 0).argmax(1)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #86a5c660
+# %% ../../nbs/7_transformers/22_fusion.ipynb #a8174633
 class ProposalStore:
     "Proposals of images on disk; `load` gives n maps, then n filled boxes: (2n,side,side) float32."
     def __init__(self,
@@ -85,17 +85,17 @@ class ProposalStore:
         out[1, :k] = F.interpolate(filled, side, mode='nearest')[:, 0]
         return out.reshape(-1, self.side, self.side)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #0612d663
+# %% ../../nbs/7_transformers/22_fusion.ipynb #5534bac2
 class GateTerm:
     "Cross-entropy of a classifier on the picture where the map lights it."
-    def __init__(self, classifier): self.classifier = classifier
+    def set_model(self, model): self.classifier = model.classifier # before a training
 
     def __call__(self, step):
         size = step.x.shape[-2:]
         gate = F.interpolate(step.probs[:, 1:], size, mode='bilinear', align_corners=False)
         return F.cross_entropy(self.classifier(step.x*gate).float(), step.y)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #1bb83be6
+# %% ../../nbs/7_transformers/22_fusion.ipynb #028f3a3c
 def head_maps(
     model, # with a class token, e.g. `wsol_model('vit_tiny_patch16_224', …)`
     x, # (B,3,H,W)
@@ -105,7 +105,7 @@ def head_maps(
     with torch.no_grad(): reading = read_attention(model, x, ClassRows(layers))
     return reading.layout.on_grid(torch.stack(reading.taken[0]).mean(0))
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #743a8e03
+# %% ../../nbs/7_transformers/22_fusion.ipynb #21fb4c32
 @dataclass
 class _Heads(SeededMaps):
     "Proposals from the heads of a frozen transformer."
@@ -128,7 +128,7 @@ class _Heads(SeededMaps):
         plain = self.seeds == 'headmaps' and self.views == 1 and not self.static
         expect(plain, 'seeds', self.seeds, 'nothing: proposals come from the heads of `vit`')
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #59f45c19
+# %% ../../nbs/7_transformers/22_fusion.ipynb #b26d0dc7
 _DRAWN = 'n_fg', 'n_bg', 'top_p', 'min_p', 'dilate', 'inside'
 
 @patch
@@ -145,7 +145,7 @@ def from_stored(self:_Heads, stored, size, y):
     how = {k: getattr(self, k) for k in _DRAWN}
     return proposal_seeds(maps[one].clamp(0, 1), rois[one], **how)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #797a82c0
+# %% ../../nbs/7_transformers/22_fusion.ipynb #37253811
 def make_proposals(method, learn, store):
     "The proposals of each training image that has none yet."
     device, classifier = learn.dls.device, unwrap(learn.model).classifier
@@ -157,8 +157,9 @@ def make_proposals(method, learn, store):
         found = propose(maps, classifier, x[0], int(y), method.min_area, method.outside)
         store.save(image_id, maps, found, x.shape[-2:])
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #745ed089
-@method(stages=2, paper='Murtaza et al., WACVW 2023', bib='murtaza2023dips')
+# %% ../../nbs/7_transformers/22_fusion.ipynb #c907d63c
+@method(stages=2, paper='Murtaza et al., WACVW 2023', bib='murtaza2023dips',
+        small=(('vit', 'test_vit'), ('vit_weights', False)))
 @dataclass
 class DiPS(_Heads):
     "Discriminative proposals from heads of a frozen transformer (Murtaza et al., WACVW 2023)."
@@ -177,10 +178,5 @@ class DiPS(_Heads):
 
     def terms(self):
         crf = CRFTerm(self.crf_side, self.sigma_rgb, self.sigma_xy, self.crf_start)
-        return super().terms() | ({'crf': (self.crf, crf)} if self.crf else {})
-
-    def begin(self, learn):
-        super().begin(learn)
-        terms = self.terms()
-        if self.cls: terms['gate'] = self.cls, GateTerm(unwrap(learn.model).classifier)
-        learn.loss_func = type(learn.loss_func)(terms)
+        more = dict(crf=(self.crf, crf), gate=(self.cls, GateTerm()))
+        return super().terms() | {name: term for name, term in more.items() if term[0]}
