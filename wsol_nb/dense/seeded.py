@@ -131,12 +131,11 @@ class DrawSeeds(_TermMeans):
         with without_waiting():
             if stored: seeds = self.method.from_stored(stored[0], size, y)
             else: seeds = self.method.draw(self.raw(y), size, y)
-        given = stored and stored[0].dtype == torch.int64
-        if given and not self.train_iter: check_labels(self.pred.full, seeds) # once a fit
+        if stored and not self.train_iter and not stored[0].is_floating_point():
+            check_labels(self.pred.full, seeds) # once a fit
         self.learn.yb = (y, self.x, seeds)
 
-    def raw(self, y):
-        "The localizer's maps; a frozen classifier's own are there already."
+    def raw(self, y): # maps of the localizer; a frozen classifier's own are there already
         there = self.method.freeze and _reads_maps(self.seeder)
         return _own_maps(self.seeder, self.pred, self.x, y) if there else self.seeder.raw(self.x, y)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['proposal_seeds', 'pick_proposals', 'ProposalStore', 'GateTerm', 'head_maps', 'make_proposals', 'DiPS']
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #f458658b
+# %% ../../nbs/7_transformers/22_fusion.ipynb #f761d92a
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..registry import method
 from .proposals import Proposals, box_masks, candidate_maps, propose
 from .reading import ClassRows, read_attention
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #4c0f0f3b
+# %% ../../nbs/7_transformers/22_fusion.ipynb #3bb05264
 def proposal_seeds(
     maps, # (B,h,w) in [0,1]: the map of each image's proposal
     rois, # (B,h,w) bool: its filled box
@@ -35,10 +35,10 @@ def proposal_seeds(
     min_p:float=.3, # share of all pixels that may become background
     dilate:int=3, # side of the square that a seed becomes
     inside:bool=False, # whether background may lie in the box
-    generator=None, # on the CPU
+    noise=None, # (B,3,h,w) uniform in [0,1); None: drawn
 )->torch.Tensor: # (B,h,w) int64: 0 background, 1 foreground, 255 ignored
     "Pixel labels drawn from proposals; an image whose box is empty has only background."
-    noise = send(rand_images(len(maps), 3, *maps.shape[1:], generator=generator), maps.device)
+    if noise is None: noise = send(rand_images(len(maps), 3, *maps.shape[1:]), maps.device)
     ties, for_fg, for_bg = noise.unbind(1)
     fg = (maps + 1e-6)*top_share(maps, top_p, rois, ties)
     everywhere = torch.ones_like(rois)
@@ -47,7 +47,7 @@ def proposal_seeds(
     wide = F.max_pool2d(torch.stack(drawn, 1).float(), dilate, 1, dilate//2).bool()
     return merge_seeds(*wide.unbind(1))
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #de753e9d
+# %% ../../nbs/7_transformers/22_fusion.ipynb #0ad140a7
 def pick_proposals(
     rois, # (B,n,h,w) filled boxes; an empty one is none
     noise, # (B,n) uniform in [0,1)
@@ -56,7 +56,7 @@ def pick_proposals(
     there = rois.flatten(2).any(2)
     return (noise + 1e-3).masked_fill(~there, 0).argmax(1)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #a8174633
+# %% ../../nbs/7_transformers/22_fusion.ipynb #39d74d01
 class ProposalStore:
     "Proposals of images on disk; `load` gives n maps, then n filled boxes: (2n,side,side) float32."
     def __init__(self,
@@ -85,7 +85,7 @@ class ProposalStore:
         out[1, :k] = F.interpolate(filled, side, mode='nearest')[:, 0]
         return out.reshape(-1, self.side, self.side)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #5534bac2
+# %% ../../nbs/7_transformers/22_fusion.ipynb #a39d7d61
 class GateTerm:
     "Cross-entropy of a classifier on the picture where the map lights it."
     def set_model(self, model): self.classifier = model.classifier # before a training
@@ -95,7 +95,7 @@ class GateTerm:
         gate = F.interpolate(step.probs[:, 1:], size, mode='bilinear', align_corners=False)
         return F.cross_entropy(self.classifier(step.x*gate).float(), step.y)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #028f3a3c
+# %% ../../nbs/7_transformers/22_fusion.ipynb #c746cdf9
 def head_maps(
     model, # with a class token, e.g. `wsol_model('vit_tiny_patch16_224', …)`
     x, # (B,3,H,W)
@@ -105,7 +105,7 @@ def head_maps(
     with torch.no_grad(): reading = read_attention(model, x, ClassRows(layers))
     return reading.layout.on_grid(torch.stack(reading.taken[0]).mean(0))
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #21fb4c32
+# %% ../../nbs/7_transformers/22_fusion.ipynb #429fe3a1
 @dataclass
 class _Heads(SeededMaps):
     "Proposals from the heads of a frozen transformer."
@@ -128,7 +128,7 @@ class _Heads(SeededMaps):
         plain = self.seeds == 'headmaps' and self.views == 1 and not self.static
         expect(plain, 'seeds', self.seeds, 'nothing: proposals come from the heads of `vit`')
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #b26d0dc7
+# %% ../../nbs/7_transformers/22_fusion.ipynb #64862526
 _DRAWN = 'n_fg', 'n_bg', 'top_p', 'min_p', 'dilate', 'inside'
 
 @patch
@@ -140,12 +140,13 @@ def from_stored(self:_Heads, stored, size, y):
     if stored.dtype == torch.int64: return shrink_labels(stored, size)
     n = stored.shape[1]//2
     maps, boxes = F.interpolate(stored, size, mode='bilinear', align_corners=False).split(n, 1)
-    rois, noise = boxes > .5, send(rand_images(len(stored), n), stored.device)
-    one = torch.arange(len(stored), device=stored.device), pick_proposals(rois, noise)
+    rois, noise = boxes > .5, send(rand_images(len(stored), 4, *size), stored.device)
+    which = pick_proposals(rois, noise[:, 3].flatten(1)[:, :n])
+    one = torch.arange(len(stored), device=stored.device), which
     how = {k: getattr(self, k) for k in _DRAWN}
-    return proposal_seeds(maps[one].clamp(0, 1), rois[one], **how)
+    return proposal_seeds(maps[one].clamp(0, 1), rois[one], noise=noise[:, :3], **how)
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #37253811
+# %% ../../nbs/7_transformers/22_fusion.ipynb #a7e21817
 def make_proposals(method, learn, store):
     "The proposals of each training image that has none yet."
     device, classifier = learn.dls.device, unwrap(learn.model).classifier
@@ -157,7 +158,7 @@ def make_proposals(method, learn, store):
         found = propose(maps, classifier, x[0], int(y), method.min_area, method.outside)
         store.save(image_id, maps, found, x.shape[-2:])
 
-# %% ../../nbs/7_transformers/22_fusion.ipynb #c907d63c
+# %% ../../nbs/7_transformers/22_fusion.ipynb #4feb05d1
 @method(stages=2, paper='Murtaza et al., WACVW 2023', bib='murtaza2023dips',
         small=(('vit', 'test_vit'), ('vit_weights', False)))
 @dataclass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUPLING', 'couple', 'TSCAMHead', 'TSCAMModel', 'TSCAM']
 
-# %% ../../nbs/7_transformers/20_tscam.ipynb #1ac85a21
+# %% ../../nbs/7_transformers/20_tscam.ipynb #bc4e9e45
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..registry import head, method
 from ..train.method import Method
 from .reading import ClassRows, read_attention
 
-# %% ../../nbs/7_transformers/20_tscam.ipynb #358d723d
+# %% ../../nbs/7_transformers/20_tscam.ipynb #bbb63792
 COUPLING = 'signed', 'relu', 'minmax', 'semantic', 'attention'
 
 def couple(
@@ -37,7 +37,7 @@ def couple(
         semantic = (semantic - low)/(high - low).clamp_min(1e-12)
     return attention[:, None]*semantic
 
-# %% ../../nbs/7_transformers/20_tscam.ipynb #d15ad4bd
+# %% ../../nbs/7_transformers/20_tscam.ipynb #563162ed
 @head(paper='Gao et al., ICCV 2021', bib='gao2021tscam')
 class TSCAMHead(Head):
     "Semantic maps by a 3×3 convolution, and their mean (Gao et al., ICCV 2021)."
@@ -50,7 +50,7 @@ class TSCAMHead(Head):
         nn.init.trunc_normal_(self.classifier.weight, std=.02)
         nn.init.zeros_(self.classifier.bias)
 
-# %% ../../nbs/7_transformers/20_tscam.ipynb #3ffff30d
+# %% ../../nbs/7_transformers/20_tscam.ipynb #be629e1e
 class TSCAMModel(WSOLModel):
     "A transformer with a class token and a semantic head; its maps are coupled with attention."
     def __init__(self,
@@ -80,7 +80,7 @@ class TSCAMModel(WSOLModel):
 
     def forward(self, x): return self.head(self.features(x))[0]
 
-# %% ../../nbs/7_transformers/20_tscam.ipynb #9f07554c
+# %% ../../nbs/7_transformers/20_tscam.ipynb #86969968
 @method(stages=1, needs='a class token', paper='Gao et al., ICCV 2021', bib='gao2021tscam',
         small_arch=('test_vit', None))
 @dataclass
