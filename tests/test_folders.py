@@ -169,6 +169,47 @@ def test_flags_turn_pictures_and_boxes_together(flag, exif, upright, tmp_path):
         assert np.abs(np.subtract(box_of(x), boxes[0])).max() <= 3
 
 
+def draw_mask(root, upright):
+    "A mask of the white box for the first image of `turned`, in one form or the other."
+    from wsol_nb.images import read_image
+    box = np.asarray(read_image(root/'TINY/owl/1.jpg', exif=upright).convert('L')) > 128
+    Image.fromarray((box*255).astype(np.uint8)).save(root/'TINY/mask.png')
+    (root/'metadata/TINY/train/localization.txt').write_text('owl/1.jpg,mask.png,')
+
+
+@pytest.mark.parametrize('drawn_upright', [False, True])
+@pytest.mark.parametrize('flag', range(1, 9))
+def test_flags_turn_masks_too(flag, drawn_upright, tmp_path):
+    "A mask lies on its object whichever form it was drawn for; where no size tells, it is refused."
+    turned(tmp_path, flag, upright=False)
+    draw_mask(tmp_path, drawn_upright)
+    how = dict(size=120, resize=120, bs=2, valid='train', exif=True)
+    if flag in (2, 3, 4):
+        raises('does not tell whether', WSOLDataLoaders.from_metadata, tmp_path, 'TINY', **how)
+        raises('does not tell whether', WSOLDataLoaders.from_metadata, tmp_path, 'TINY', check=False, **how)
+        return
+    part = WSOLDataLoaders.from_metadata(tmp_path, 'TINY', **how).localizable('train')
+    i = part.df.image_id.tolist().index('owl/1.jpg')
+    white = next(iter(part)).x[i][0].numpy() > .5
+    assert (white & (part.mask(i) == 1)).sum() > .9*(white | (part.mask(i) == 1)).sum()
+
+
+def test_exports_without_a_flag(tmp_path):
+    "Other programs turn by the flag, away from the boxes: pictures are written anew and counted."
+    from wsol_nb.data.exchange import read_any, write_any
+    turned(tmp_path/'in', 6, upright=False)
+    found = read_any(tmp_path/'in', 'wsol')
+    write_any(found, tmp_path/'out', 'voc')
+    assert [n for n in found.notes if 'were written anew' in n] == [
+        '2 pictures were written anew, without the EXIF flag by which programs would turn them']
+    for p in read_any(tmp_path/'out').pictures:
+        with Image.open(p.file) as img: pixels, flag = np.asarray(img.convert('L')), img.getexif().get(0x0112)
+        assert flag == 1 and p.size == pixels.shape[::-1]
+        rows, columns = np.nonzero(pixels > 128)
+        seen = columns.min(), rows.min(), columns.max(), rows.max()
+        assert np.abs(np.subtract(p.things[0].box, seen)).max() <= 1
+
+
 # folders
 
 def pictures(root, *names):

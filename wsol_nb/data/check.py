@@ -17,7 +17,7 @@ from fastprogress.fastprogress import progress_bar
 from ..images import BadImage, as_rgb, open_image, orientation
 from .conventions import CONVENTIONS, SHARES, fit, likely_convention
 from .manifest import COLUMNS, called, labels_of, problem_table
-from .turned import given_upright
+from .turned import given_upright, mask_turn
 
 # %% ../../nbs/0_ground/14_check.ipynb #6b7edb75
 def _check_box(b, r):
@@ -56,10 +56,10 @@ def _other_shape(r, stored):
     "Whether the sides of the stored image differ by more than 5 % from those of the original."
     return r.width and abs(stored[0]*r.height/(stored[1]*r.width) - 1) > .05
 
-def _check_mask(file, stored):
-    "What is wrong with a mask of an image of `stored` size, or None."
-    size = _size(file)
-    if size == stored: return None
+def _check_mask(file, forms):
+    "What is wrong with a mask of an image of one of these sizes, the stored one first, or None."
+    size, stored = _size(file), forms[0]
+    if size in forms: return None
     return (f'mask {file} has {size[0]}x{size[1]} pixels, '
             f'the stored image {stored[0]}x{stored[1]}')
 
@@ -83,8 +83,10 @@ def _faults_of_files(r, look, exif):
     if _other_shape(r, look.stored) and not upright: look.shape = _shape_fault(r, look.stored)
     elif flag > 1 and not exif and (len(r.boxes) or files):
         yield _turn_fault(r, look.stored, flag)
-    shown = look.stored[::-1] if exif and flag > 4 else look.stored
-    yield from filter(None, (_check_mask(f, shown) for f in files))
+    forms = [look.stored, look.stored[::-1]] if exif and flag > 4 else [look.stored]
+    yield from filter(None, (_check_mask(f, forms) for f in files))
+    if exif and mask_turn(files, look.stored, flag) is None:
+        yield f'has masks, and their size does not tell whether EXIF flag {flag} turned them'
 
 # %% ../../nbs/0_ground/14_check.ipynb #702fe671
 @dataclass

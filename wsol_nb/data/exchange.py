@@ -6,6 +6,7 @@
 __all__ = ['FORMATS', 'format_of', 'read_any', 'without_masks', 'write_any']
 
 # %% ../../nbs/0_ground/23_exchange.ipynb #ed78ac70
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import expect
+from ..images import open_image, orientation
 from .coco import read_coco, write_coco
 from .conventions import CONVENTIONS, to_edges
 from .formats import folder_manifest
@@ -164,6 +166,26 @@ def _in_stored_pixels(p, tally):
     things = [replace(t, box=b) for t, b in zip(p.things, boxes)]
     return replace(p, size=size, things=things)
 
+# %% ../../nbs/0_ground/23_exchange.ipynb #52e986f1
+_ANEW = 'pictures were written anew, without the EXIF flag by which programs would turn them'
+_KEPT = 'pictures have an EXIF flag that could not be taken out; programs may turn them'
+
+def _without_flag(p, folder, tally):
+    "The picture with a copy of its file that has no EXIF flag, where it had one."
+    with open_image(p.file) as img:
+        if orientation(img) == 1: return p
+        exif, file = img.getexif(), folder/p.split/p.image_id
+        img.load()
+    exif[0x0112] = 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    how = dict(quality='keep') if img.format == 'JPEG' else {}
+    try: img.save(file, img.format, exif=exif, **how)
+    except (KeyError, ValueError, OSError) as e:
+        if getattr(e, 'errno', None): raise
+        file = None
+    tally[_ANEW if file else _KEPT] += 1
+    return replace(p, file=file) if file else p
+
 # %% ../../nbs/0_ground/23_exchange.ipynb #f2bc7a97
 def write_any(
     found:Found,
@@ -175,5 +197,8 @@ def write_any(
     expect(format in FORMATS, 'format', format, ', '.join(FORMATS))
     pictures = [_in_stored_pixels(p, found.tally) for p in found.pictures]
     if format != 'voc': pictures = [_of_objects(p, found.tally) for p in pictures]
-    stored = replace(found, pictures=pictures)
-    with whole_folder(out, overwrite, format=format) as part: FORMATS[format](stored, part)
+    with whole_folder(out, overwrite, format=format) as part:
+        anew = part/'.anew'
+        pictures = [_without_flag(p, anew, found.tally) for p in pictures]
+        FORMATS[format](replace(found, pictures=pictures), part)
+        shutil.rmtree(anew, ignore_errors=True)

@@ -58,7 +58,7 @@ def _sound(df, check, skip_bad, train, test, exif=False):
 def _turned(df):
     "The table with the boxes of pictures that EXIF flags turn, and a word on them."
     df, n = turn_manifest(df)
-    if n: print(f'{n} images are turned as their EXIF flags say, and their boxes with them')
+    if n: print(f'{n} images are turned as their EXIF flags say, boxes and masks with them')
     return df
 
 # %% ../../nbs/0_ground/35_loaders.ipynb #61d82dd1

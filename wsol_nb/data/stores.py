@@ -16,11 +16,11 @@ from PIL import Image
 from ..core import check_boxes, check_score_map, expect, resize_boxes, whole_file
 from .mapfiles import MAP_SUFFIXES, PICTURES, one_map, read_map_file
 from .naming import Matched, describe_match, match_files, own_names
-from ..images import BadImage
+from ..images import BadImage, turn_pixels
 
 # %% ../../nbs/0_ground/10_stores.ipynb #e2eb5a28
-def _instance(file, size):
-    "Where a mask file is above 0: (H,W) bool, resized to `size` (W,H) unless that is None."
+def _instance(file, size, turn=1):
+    "Where a mask file, turned by a flag, is above 0: bool of `size` (W,H), or as stored if None."
     try:
         with Image.open(file) as img: arr = np.asarray(img) # a palette image stays its indices
     except Exception as e:
@@ -29,20 +29,23 @@ def _instance(file, size):
     if arr.ndim == 3:
         colours = 1 if arr.shape[2] == 2 else 3 # alpha is no mask
         arr = arr[..., :colours].max(2)
+    arr = turn_pixels(arr, turn)
     if arr.dtype.kind != 'f': arr = arr.astype(np.int32)
-    if size is not None: arr = cv2.resize(arr, tuple(size), interpolation=cv2.INTER_NEAREST)
-    return arr > 0
+    if size is None: return arr > 0
+    arr = np.ascontiguousarray(arr)
+    return cv2.resize(arr, tuple(size), interpolation=cv2.INTER_NEAREST) > 0
 
 # %% ../../nbs/0_ground/10_stores.ipynb #fd74f77f
 def read_mask(
     masks, # mask files of one image; ('',): it has no foreground
     ignore:str='', # its ignore file, or ''
     size=None, # (W,H) to resize to; None: as stored
+    turn:int=1, # the EXIF flag by which they are turned first
 )->np.ndarray: # (H,W) uint8: 0 background, 1 foreground, 255 ignore
     "The foreground mask of an image from its instance files, as in the reference protocol."
     if not len(masks): raise ValueError('masks: this image has no mask file')
-    found = [_instance(m, size) for m in masks if m]
-    unsure = _instance(ignore, size) if ignore else None
+    found = [_instance(m, size, turn) for m in masks if m]
+    unsure = _instance(ignore, size, turn) if ignore else None
     if size is not None: shape = size[1], size[0]
     elif found: shape = found[0].shape
     elif ignore: shape = unsure.shape
@@ -82,7 +85,8 @@ class Truth:
         "The mask of image `i`: 0, 1, 255 ignored; None where it has none."
         masks = self.df['mask'][i]
         if not len(masks): return None
-        return read_mask(masks, self.df['ignore'][i], (self.size, self.size))
+        turn = self.df['mask_turn'][i] if 'mask_turn' in self.df else 1 # see `data.turned`
+        return read_mask(masks, self.df['ignore'][i], (self.size, self.size), turn)
 
 # %% ../../nbs/0_ground/10_stores.ipynb #66d6ec93
 def _array(a): return np.asarray(a.cpu() if hasattr(a, 'cpu') else a)
