@@ -5,7 +5,8 @@
 A run with three distinct kept epochs (a MobileNetV2 with the shared weights, each time shaken a little: the
 time of a pass is not in the weights) is scored on 39 test images of CUB, with τ from 100 of val, and on all
 of GlaS. The plain call scores the same images once, prints nothing and draws nothing; `wsol_eval` decodes its
-split first, prints, and writes report, table and page. Rows go to nbs/results/ledger_times.csv.
+split first, prints, and writes report, table and page, which costs the same for few images and many. Rows go
+to nbs/results/ledger_times.csv.
 """
 import contextlib
 import io
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from wsol_nb.core import env_folder
+from wsol_nb.core import env_folder # first: lets timm be imported beside a CUDA torchvision
 from wsol_nb.cli.evaluate import wsol_eval
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.results import Rows, origin, results_folder
 from wsol_nb.scoring.loop import evaluate
+from wsol_nb.train import interpret
 from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.run import load_run, save_run, save_weights, write_json
 
@@ -62,6 +64,21 @@ def seconds(f, *args, **kwargs):
     return time.process_time() - start, out
 
 
+@contextlib.contextmanager
+def timed_ledger():
+    "A list of what `score_run` takes of the calls inside."
+    whole, took = interpret.score_run, []
+
+    def timed(*args, **kwargs):
+        start = time.process_time()
+        out = whole(*args, **kwargs)
+        took.append(time.process_time() - start)
+        return out
+    interpret.score_run = timed
+    try: yield took
+    finally: interpret.score_run = whole
+
+
 def plain(run):
     r = load_run(run)
     return evaluate(r.localizer(), r.dls(check=[], num_workers=0), 'test', progress=False)
@@ -74,13 +91,15 @@ def one(data, dataset, every):
         root.mkdir()
         some(root, data, dataset, every)
         three_epochs(root, dataset, run)
-        once, report = seconds(plain, run)
-        whole, full = seconds(wsol_eval, run, workers=0)
+        with timed_ledger() as took: whole, full = seconds(wsol_eval, run, workers=0)
+        once, report = seconds(plain, run) # last: what is done once a process is not its share
         assert len(full.ledger) == 3*len(report.ledger) and full.accuracy == report.accuracy
         other = load_run(run).dls(check=[]).localizable('tune')
     images = full.n + len(other)
-    return dict(dataset=dataset, images=images, epochs=3, rows=len(full.ledger), plain_s=round(once, 1),
-                ledger_s=round(whole, 1), ratio=round(whole/(3*once), 2))
+    figures = dict(plain_s=once, ledger_s=took[0], eval_s=whole)
+    figures |= dict(ledger_ratio=took[0]/(3*once), eval_ratio=whole/(3*once))
+    return dict(dataset=dataset, images=images, epochs=3, rows=len(full.ledger)) | {
+        k: round(v, 2) for k, v in figures.items()}
 
 
 def ledger():
@@ -91,8 +110,9 @@ def ledger():
     for dataset, every in SETS.items():
         row = one(data, dataset, every)
         rows.add([row | origin(COMMAND)], dataset=dataset)
-        print(f'ledger of {dataset}, {row["images"]} images: {row["ledger_s"]} s of processor time, '
-              f'{row["ratio"]:.2f} × 3 × a plain evaluate (aim 1.3)', flush=True)
+        print(f'ledger of {dataset}, {row["images"]} images, 3 epochs: {row["ledger_ratio"]:.2f} × 3 × '
+              f'evaluate ({row["plain_s"]} s), wsol_eval with its page {row["eval_ratio"]:.2f} (aim 1.3)',
+              flush=True)
 
 
 if __name__ == '__main__':
