@@ -31,6 +31,7 @@ class Thing:
     mask: object = None # callable () -> (H,W) bool, in the pixels of the stored picture
     crowd: bool = False # many objects in one, which evaluation should ignore
 
+# %% ../../nbs/0_ground/16_interchange.ipynb #8b8358ab
 @dataclass
 class Picture:
     "An image file and what is known about it."
