@@ -69,9 +69,9 @@ def test_learnt_once_and_the_net_is_left_as_it_was():
 
 
 @pytest.mark.parametrize('arch, size, said', [
-    ('vit_tiny_patch16_224', (64, 96), 'VisionTransformer takes images of 224×224 only'),
-    ('cait_xxs24_224', (64, 96), 'Cait takes images of 224×224 only'),
-    ('pit_ti_224', (64, 96), 'PoolingVisionTransformer takes images of 224×224 only')])
+    ('vit_tiny_patch16_224', (64, 96), 'VisionTransformer is made for images of 224×224'),
+    ('cait_xxs24_224', (64, 96), 'Cait is made for images of 224×224'),
+    ('pit_ti_224', (64, 96), 'PoolingVisionTransformer is made for images of 224×224')])
 def test_a_size_that_is_refused_is_named(arch, size, said):
     net = timm.create_model(arch, num_classes=5)
     raises(said, learn_tokens, net, images(*size))

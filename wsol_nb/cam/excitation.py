@@ -216,8 +216,8 @@ class _Gates(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), getattr(func, '__name__', '')
-        of_images = out.ndim > 1 and self.images in (None, len(out)) # not of relative positions
-        if name not in _RELUS or not of_images: return out
+        if name not in _RELUS or out.ndim < 2: return out
+        if self.images not in (None, len(out)): return out # of relative positions, not of images
         if self.new: self.gates = [*(self.gates or []), torch.ones_like(out).requires_grad_()]
         self.n += 1
         return out*self.gates[self.n - 1]
