@@ -22,7 +22,6 @@ def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
 def _masked(scores, mask, at):
     "Scores with what a mask adds, or without what it hides."
-    if mask is None: return scores
     mask = mask[..., at, :] if mask.shape[-2] > 1 else mask
     if mask.dtype != torch.bool: return scores + _wide(mask)
     return scores.masked_fill(~mask, float('-inf'))
@@ -37,8 +36,8 @@ class Attended:
 
     def scores(self, at=slice(None)): # (B,heads,nq,Nk)
         if self.given is not None: return _wide(self.given[..., at, :])
-        products = self.scale*_wide(self.q[..., at, :])@_wide(self.k).mT
-        return _masked(products, self.mask, at)
+        products = (_wide(self.q[..., at, :])*self.scale)@_wide(self.k).mT
+        return products if self.mask is None else _masked(products, self.mask, at)
 
     def rows(self, at=slice(None)): # at: a slice of queries
         "Rows of attention (B,heads,nq,Nk); whoever listens around does not hear this softmax."
