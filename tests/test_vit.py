@@ -35,7 +35,7 @@ NETS = dict(ViT=vit('vit_tiny_patch16_224', depth=3, **WIDE),
 ASKED = {n: e for n, e in entries('localizer').items() if 'tokens' in needs(e)}
 CLASSES = {n: e.load() for n, e in ASKED.items()}
 GRADIENTS = {n for n, e in ASKED.items() if 'gradients' in needs(e)} # the map of a class
-# small budgets; in a random net attention is nearly even, and a map that is handed along twice mostly rounding
+# small budgets; in a random net attention is nearly even: a map handed along twice is mostly rounding
 SETTINGS = dict(AffinityMaps=dict(power=1))
 PAIRS = [(l, n) for l in CLASSES for n in NETS]
 one_net = pytest.mark.parametrize('name', CLASSES)
