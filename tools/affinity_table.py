@@ -266,7 +266,7 @@ def hubs(a, rows, source):
 
 def grids(a, rows, source):
     "The default and its base map at several sizes; position embeddings are interpolated."
-    for size in (224, 320, 384):
+    for size in (224, 320):
         for name in CHOSEN_ON:
             key = dict(data=name, split=ROLES[name][0], size=size)
             if rows.having(**key, map='AffinityMaps'): continue
