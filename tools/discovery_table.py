@@ -3,14 +3,14 @@
     python tools/discovery_table.py keys [--data SYNTH|CUB] [--out CSV]
     python tools/discovery_table.py rules [--out CSV]
     python tools/discovery_table.py times [--out CSV]
-    python tools/discovery_table.py head --head FOLDER [--out CSV]
+    python tools/discovery_table.py head --head FOLDER --trained-on NAME [--out CSV]
 
 `keys`: for each layer of the shared ViT-Tiny, keys as they are and centred, what LOST's degrees and TokenCut's
 peaks are like, how often the methods' own boxes hit (IoU .5), and MaxBoxAcc(.5) of the maps: on 200 pictures of
 the synthetic world, or on CUB's val split. `rules`: from map to box on CUB's val and test splits, VOC pictures and
 DAVIS frames with masks (WSOL_DATA), Otsu against the methods' own rules. `times`: processor time of an image of
 14×14 patches on one thread, what comes on top of the forward pass and as a share of it, in turns. `head`: TokenCut
-and a head of `wsol_learn_objects` on the same data, chosen nothing on test. A row that is there is not computed
+and a head of `wsol_learn_objects` on the same data; nothing is chosen on test. A row that is there is not computed
 again.
 """
 import argparse
@@ -255,18 +255,19 @@ def accs(maps, boxes, preset):
 
 
 @torch.no_grad()
-def head_table(rows, folder):
-    model, source = load_patch_head(folder), origin('python tools/discovery_table.py head --head FOLDER')
+def head_table(rows, folder, trained_on):
+    command = f'python tools/discovery_table.py head --head FOLDER --trained-on "{trained_on}"'
+    model, source = load_patch_head(folder), origin(command)
     how = read_patch_head(folder)
     for name in ('CUB val', 'CUB test', 'SYNTH', 'VOC', 'DAVIS'):
-        if rows.having(data=name): continue
+        if rows.having(trained_on=trained_on, data=name): continue
         x, boxes, masks = (*synthetic(), None) if name == 'SYNTH' else pictures(name)
         parts = [model.look(b) for b in x.split(20)]
         grid, keys = parts[0][2], torch.cat([p[3] for p in parts])
         cut = token_cut(keys).v.float().unflatten(1, grid)
         learnt = torch.cat([foreground(model.scores(p[1], grid)) for p in parts])
         for what, maps, preset in (('TokenCut v', cut, 'wsoleval'), ('head', learnt, 'prob')):
-            row = dict(data=name, images=len(x), map=what) | accs(maps, boxes, preset)
+            row = dict(trained_on=trained_on, data=name, images=len(x), map=what) | accs(maps, boxes, preset)
             objects = [find_object(scaled(m) if what != 'head' else m.numpy(), (SIZE, SIZE)) for m in maps]
             row |= {f'otsu_{k}': v for k, v in row_of_rule(objects, boxes, masks).items()}
             row |= dict(epochs=len(how['losses']), last_loss=round(how['losses'][-1], 4)) if what == 'head' else {}
@@ -280,12 +281,13 @@ def main():
     p.add_argument('--data', choices=('SYNTH', 'CUB'), default='SYNTH')
     p.add_argument('--out', type=Path, metavar='CSV', help='table; rows that are in it are not computed again')
     p.add_argument('--head', help='folder of a trained head')
+    p.add_argument('--trained-on', help='what it was trained on, for the table')
     a = p.parse_args()
     rows = Rows(a.out or results_folder()/f'discovery_{a.what}.csv')
     if a.what == 'keys': keys_table(rows, a.data)
     elif a.what == 'rules': rules_table(rows)
     elif a.what == 'times': times_table(rows)
-    else: head_table(rows, a.head)
+    else: head_table(rows, a.head, a.trained_on)
 
 
 if __name__ == '__main__': main()
