@@ -10,10 +10,11 @@ import difflib
 import gc
 import json
 import resource
+import sys
 
 import pytest
 import torch
-from helpers import images, same
+from helpers import images, root, same
 from torch import nn
 
 from wsol_nb.cam.gradient import GradCAM, LayerCAM, XGradCAM, localize_all
@@ -23,9 +24,13 @@ from wsol_nb.localize.base import HeadMaps, Localizer
 from wsol_nb.localize.maps import to_score_maps
 from wsol_nb.nets.model import wsol_model
 from wsol_nb.registry import entries
+from wsol_nb.results import read_results
 from wsol_nb.train.method import GAP, method_from_dict, method_to_dict
 import timm # after wsol_nb.core, see its end
 import torchvision
+
+sys.path.insert(0, str(root/'tools'))
+import token_support
 
 
 class Plain(nn.Sequential):
@@ -554,3 +559,27 @@ def test_methods(name):
     assert all(p.requires_grad for group in method.param_groups(model) for p in group)
     maps = method.localizer(model)(images(n=2), 1)
     assert maps.shape == (2, 64, 96) and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
+
+
+# transformers: the table of families, made by tools/token_support.py
+
+def test_the_table_of_families_is_whole():
+    "Each family has a cell for each localizer that was asked, and none is wrong."
+    table = read_results('token_support')
+    cells, what = set(zip(table.family, table.what)), set(table.what)
+    assert {'adapter', 'GradCAM', 'AblationCAM', 'GAP', 'FCAM', 'peaks'} <= what
+    missing = sorted({(f, w) for f in token_support.FAMILIES for w in what} - cells)
+    assert not missing, f'python tools/token_support.py has not been asked for {missing[:5]}'
+    assert len(token_support.FAMILIES) >= 30 and set(table.verdict) <= {'right', 'refused'}
+    assert table.reason.notna().all()
+
+
+@pytest.mark.parametrize('family', token_support.CHEAP)
+def test_families_are_as_the_table_says(family):
+    "What is declared is what happens; the dearest cells are left to the tool."
+    table = read_results('token_support').set_index(['family', 'what'])
+    what = ['adapter', 'CAM', 'EigenCAM', 'GradCAM', 'HiResCAM', 'LayerCAM', 'AblationCAM', 'FeedbackCAM']
+    for row in token_support.rows_of(family, what):
+        declared = table.loc[(family, row['what'])]
+        same_reason = row['reason'] == declared.reason or row['verdict'] == 'refused'
+        assert row['verdict'] == declared.verdict and same_reason, (row, declared.reason)

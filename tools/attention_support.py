@@ -163,6 +163,17 @@ def legrad(family, net, x):
     return f'{raw.shape[1]}×{raw.shape[2]}'
 
 
+def lively(net, x):
+    "The net with BatchNorms that have seen the images, without which little of an untrained one reaches its end."
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.momentum = 1.
+        if not m.weight.any(): m.weight.data.fill_(1.)
+    if norms:
+        with torch.no_grad(): net.train()(x)
+    return net.eval(), x
+
+
 CHECKS = dict(attention=attention, ClassAttention=class_attention, Rollout=rollout,
               AttentionGradient=attention_gradient, LeGrad=legrad)
 
@@ -189,7 +200,7 @@ def main():
     for family in a.families or FAMILIES:
         for what in a.what or CHECKS:
             if (family, what) in done and not a.families: continue
-            verdict, reason = cell(what, family, *made(family))
+            verdict, reason = cell(what, family, *lively(*made(family)))
             row = dict(family=family, arch=FAMILIES[family][0], what=what, verdict=verdict, reason=reason)
             rows.add([row | origin('python tools/attention_support.py')], family=family, what=what)
             print(family, what, verdict, reason, sep=' · ', flush=True)

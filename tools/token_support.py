@@ -58,7 +58,7 @@ FAMILIES = {
     'MaxViT': ('maxvit_rmlp_pico_rw_256', {}, OWN),
     'CoAtNet': ('coatnet_nano_rw_224', {}, OWN),
     'LeViT': ('levit_128s', {}, OWN),
-    'VOLO': ('volo_d1_224', dict(layers=(1, 1, 1, 1)), OWN),
+    'VOLO': ('volo_d1_224', {}, OWN),
     'CrossViT': ('crossvit_tiny_240', {}, OWN),
     'CoaT': ('coat_lite_tiny', {}, OWN),
     'EfficientFormer': ('efficientformer_l1', {}, OWN),

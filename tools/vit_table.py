@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from wsol_nb.cam.gradient import GradCAM
 from wsol_nb.core import set_seed
 from wsol_nb.data.loaders import WSOLDataLoaders
 from wsol_nb.localize.base import BoxLocalizer, Localizer
@@ -28,6 +29,7 @@ from wsol_nb.vit.affinity import AffinityMaps
 from wsol_nb.vit.attention import ClassAttention
 from wsol_nb.vit.heads import best_head, map_overlaps, oracle_head
 from wsol_nb.vit.lost import LOST, OwnBoxes
+from wsol_nb.vit.relevance import AttentionGradient, LeGrad
 from wsol_nb.vit.rollout import Rollout
 from wsol_nb.vit.tokencut import TokenCut
 import timm # after wsol_nb.core, see its end
@@ -116,6 +118,10 @@ ROWS = {
     'affinity, last 4 layers': AffinityMaps,
     'affinity without balance': partial(AffinityMaps, steps=0),
     'affinity, rollout': partial(AffinityMaps, of=R),
+    # of the ImageNet class that the net thinks is there
+    'attention × gradient': AttentionGradient,
+    'LeGrad': LeGrad,
+    'Grad-CAM at the last norm1': partial(GradCAM, layer='net.blocks.11.norm1'),
 }
 # Rows of several maps an image, of which one is chosen: name -> (localizer, how)
 HEADS = partial(A, layers=-1, heads='all')
@@ -172,8 +178,8 @@ def figures(own, from_val):
     row = {}
     for name, at in (('oracle', own.argmax(-1)), ('val', from_val.argmax(-1))):
         values = np.take_along_axis(own, at[..., None], -1)[..., 0] # 2,D
-        row |= {f'max_box_acc_{d} ({name})': round(v, 2) for d, v in zip(DELTAS, values[0])}
-        row |= {f'v2 ({name})': round(values[1].mean(), 2), f'tau_.5 ({name})': round(TAUS[at[0, 1]], 3)}
+        row |= {f'max_box_acc_{d} ({name})': round(float(v), 2) for d, v in zip(DELTAS, values[0])}
+        row |= {f'v2 ({name})': round(float(values[1].mean()), 2), f'tau_.5 ({name})': round(float(TAUS[at[0, 1]]), 3)}
     return row
 
 

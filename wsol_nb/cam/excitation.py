@@ -210,13 +210,14 @@ _RELUS = ('relu', 'relu_', 'relu6', 'hardtanh', 'hardtanh_')
 
 class _Gates(TorchFunctionMode):
     "Multiplies the output of every ReLU by its gate; makes gates of ones where there are none yet."
-    def __init__(self, gates=None):
+    def __init__(self, gates=None, images=None):
         super().__init__()
-        self.gates, self.n, self.new = gates, 0, gates is None
+        self.gates, self.n, self.new, self.images = gates, 0, gates is None, images
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), getattr(func, '__name__', '')
         if name not in _RELUS or out.ndim < 2: return out
+        if self.images not in (None, len(out)): return out # of relative positions, not of images
         if self.new: self.gates = [*(self.gates or []), torch.ones_like(out).requires_grad_()]
         self.n += 1
         return out*self.gates[self.n - 1]
@@ -244,7 +245,7 @@ def _one_of(target, t):
 # %% ../../nbs/3_cam/06_excitation.ipynb #51ec19fe
 def _through(loc, x, gates=None):
     "A pass with gates: logits and the gates."
-    with eager(), _Gates(gates) as mode: logits = loc.ask(x)
+    with eager(), _Gates(gates, len(x)) as mode: logits = loc.ask(x)
     if mode.gates: return logits, mode.gates
     kind = type(loc.model).__name__
     raise ValueError(f'FeedbackCAM: no ReLU ran in {kind}, so there is nothing to gate')

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from fastcore.basics import patch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .choice import (
@@ -305,7 +306,9 @@ def _mean_of_layers(maps, size):
 class LayerLocalizer(_AtLayers):
     "Reads layers of any net. A subclass overrides `weigh(A, G)`, or `at_layer` if it needs more."
     def compute(self, x, target, create_graph):
-        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+        # fused attention has no second derivative
+        plain = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with torch.inference_mode(False), torch.set_grad_enabled(create_graph), plain:
             seen = self.watch(x.clone() if x.is_inference() else x)
             return seen.logits, self.maps(seen, target, create_graph)
 

@@ -126,7 +126,7 @@ def own_size(net): # (H,W), or None
 def size_refused(net, x, error)->str:
     "The sentence for images that a net does not take."
     family, own = type(net).__name__, own_size(net)
-    named = f'{family} takes images of {own[0]}×{own[1]} only' if own else f'{family} refuses them'
+    named = f'{family} is made for images of {own[0]}×{own[1]}' if own else f'{family} refuses them'
     grows = hasattr(net, 'dynamic_img_size')
     how = '; made with dynamic_img_size=True it takes others' if grows else ''
     return f'x: images of {x.shape[-2]}×{x.shape[-1]}: {named}{how} ({str(error)[:120]})'

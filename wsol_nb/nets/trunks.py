@@ -104,6 +104,6 @@ def make_trunk(
     trunk = Trunk(net, layout)
     if stride not in (None, trunk.stride):
         raise ValueError(f'stride={stride}: the patches of {arch} give {trunk.stride}, and no '
-                         f'other; stride=None takes that')
+                         f'other; stride=None takes that (--stride 0)')
     _drop_idle(trunk, x)
     return trunk

@@ -115,7 +115,7 @@ def _metrics(dls, metrics):
 # %% ../../nbs/2_training/08_learner.ipynb #c940694d
 def wsol_learner(
     dls:WSOLDataLoaders, # images and labels
-    arch:str=None, # a timm CNN; None: that of the method's first stage
+    arch:str=None, # of timm; None: that of the method's first stage
     method:Method=None, # how to train; None: `GAP()`
     pretrained=False, # False, True (WSOL_WEIGHTS, then timm's hub) or a state-dict file
     stride:int=None, # feature stride 8, 16 or 32; None: the architecture's own
@@ -136,7 +136,7 @@ def wsol_learner(
     config, first = method_to_dict(method), method.first_stage()
     if first: arch, stride, pretrained = _of_first_stage(first, dls, arch, stride, pretrained)
     elif arch is None: raise ValueError(f'arch: {type(method).__name__} has no first stage, '
-                                        'so expected a timm CNN such as resnet50')
+                                        'so expected a timm net such as resnet50')
     set_seed(dls.info.seed)
     if torch.device(dls.device).type == 'cpu': keep_memory()
     model = method.model(arch, dls.c, pretrained=pretrained, stride=stride, verbose=verbose)

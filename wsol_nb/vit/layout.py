@@ -81,6 +81,7 @@ def layers_of(
     if found := [l for l in layout.layers if fits(l)]: return found
     if layout.registers and kind == 'rows':
         no += f' (its {layout.registers} prefix tokens are registers)'
+    if not layout.layers and not layout.left_out: no = 'no attention'
     said = f'; left out: {in_words(layout.left_out)}' if layout.left_out else ''
     raise ValueError(f'{layout.net} has {no}{said}')
 
@@ -92,10 +93,10 @@ def _on_the_grid(calls, reasons, tokens):
     def of(c):
         before, alone = c.shape[3] - n, c.shape[2] == 1
         if two: return 'two grids take turns'
+        if c.kind in partial and not alone and (before == 0 or not tokens.prefix):
+            return f'{c.shape[3]} positions at once, but elsewhere {c.kind} looks at a part'
         if before not in ((0, 1, tokens.prefix) if alone else (0, tokens.prefix)):
             return 'another grid'
-        if before == 0 and not alone and c.kind in partial:
-            return f'its {n} positions are the whole map, but {c.kind} elsewhere looks at a part'
     return [why or of(c) for c, why in zip(calls, reasons)]
 
 def _layer(c, tokens):
@@ -122,6 +123,11 @@ def _check_not_compiled(model):
     if shut: raise ValueError(f'{shut[0] or type(model).__name__!r} is compiled: what it computes '
                               'cannot be watched; read the module that it was made of')
 
+def _there(model, layout):
+    "Whether the modules of a layout are still in the model."
+    try: return all(model.get_submodule(l.name) is not None for l in layout.layers)
+    except AttributeError: return False
+
 def _learn(model, x, ask):
     _check_not_compiled(model)
     tokens = learn_tokens(model, x)
@@ -138,5 +144,6 @@ def learn_attention(
     "Which attention of a net can be read on images of this size, and why the rest cannot."
     model = unwrap(model)
     known, size = _learnt.setdefault(model, {}), tuple(x.shape[1:])
-    if again or size not in known: known[size] = _learn(model, x, ask)
+    stale = again or size not in known or not _there(model, known[size])
+    if stale: known[size] = _learn(model, x, ask)
     return known[size]

@@ -88,9 +88,10 @@ def _blocks(model, layers):
 
 def _check_ends(layout):
     "All layers' attention, and the last one's block; no class token that comes late."
-    if any(l.alone and l.prefix for l in layout.layers):
-        raise ValueError(f'LeGrad asks each block for a class score; the class token of {layout.net} '
-                         'comes after its blocks')
+    late = any(l.alone and l.prefix for l in layout.layers)
+    if late and not any(l.row and not l.alone for l in layout.layers):
+        raise ValueError('LeGrad asks each block for a class score; the class token of '
+                         f'{layout.net} comes after its blocks')
     return layers_of(layout, 'patches')
 
 class _Ends:
@@ -107,6 +108,14 @@ class _Ends:
         return torch.cat(list(self.Z.values()))
 
 # %% ../../nbs/7_transformers/10_relevance.ipynb #f1e44a0f
+@contextmanager
+def _as_further_images(net):
+    "The pass ran before; if now it does not, it is for the blocks that were laid over one another."
+    try: yield
+    except RuntimeError as e:
+        raise ValueError(f'LeGrad: what follows the blocks of {net} takes no further images '
+                         f'({e})') from e
+
 def _scored(loc, x): # [(layer, call)], layout, logits (n,B,C): a layer's each, the net's own last
     "A pass in which the net ends after each of the layers that a localizer looks at."
     layout = learn_attention(loc.model, x, loc.door)
@@ -115,7 +124,7 @@ def _scored(loc, x): # [(layer, call)], layout, logits (n,B,C): a layer's each, 
     n = len(set(blocks))
     many = x.new_zeros(n*len(x), 1) # as many answers as there will be
     def ask(model, x): return loc.door(lambda _, **kw: model(x, **kw), many)
-    with hooked(set(blocks), _Ends(layout.net, blocks).see):
+    with _as_further_images(layout.net), hooked(set(blocks), _Ends(layout.net, blocks).see):
         logits, _, (kept,) = read_attention(loc.model, x, taker, layout=layout, ask=ask)
     return kept, layout, logits.unflatten(0, (n, len(x)))
 
