@@ -156,7 +156,7 @@ def test_registered():
 
 
 def test_on_birds(real_data, real_weights):
-    "A few of the pictures of nbs/results/affinity_scores.csv: refined maps find more, the plain product fewer."
+    "A few pictures of nbs/results/affinity_scores.csv: refined maps find more."
     import sys
     from helpers import root
     sys.path.insert(0, str(root/'tools'))
@@ -169,10 +169,10 @@ def test_on_birds(real_data, real_weights):
     part, model = dls.localizable('test'), trained()
     part = LocalizableSplit(part.df[::12], dls.info, 'test', 8, 0, 'cpu')
     found = {}
-    for name, kw in dict(balanced={}, plain=dict(steps=0), map=dict(power=0)).items():
+    for name, kw in dict(balanced={}, map=dict(power=0)).items():
         scorer, loc = Scorer(224), AffinityMaps(model, **kw)
         for b in part:
             for i, m in enumerate(loc.raw(b.x).numpy()):
                 scorer.count(scorer.look(reference_score_map(m, 224), b.boxes[i]), None)
         found[name] = scorer.accs['boxes'].compute()['max_box_acc_v2']
-    assert found['balanced'] > 84 and found['balanced'] > found['map'] + 1 > found['plain'] + 5, found
+    assert found['balanced'] > 86 and found['balanced'] > found['map'] + 2, found

@@ -35,8 +35,8 @@ NETS = dict(ViT=vit('vit_tiny_patch16_224', depth=3, **WIDE),
 ASKED = {n: e for n, e in entries('localizer').items() if 'tokens' in needs(e)}
 CLASSES = {n: e.load() for n, e in ASKED.items()}
 GRADIENTS = {n for n, e in ASKED.items() if 'gradients' in needs(e)} # the map of a class
-# small budgets, and what makes a localizer that wraps another
-SETTINGS = {}
+# small budgets; in a random net attention is nearly even, and a map that is handed along twice mostly rounding
+SETTINGS = dict(AffinityMaps=dict(power=1))
 PAIRS = [(l, n) for l in CLASSES for n in NETS]
 one_net = pytest.mark.parametrize('name', CLASSES)
 _nets = {}
@@ -150,7 +150,7 @@ def test_create_graph(loc):
     x = images()
     with torch.no_grad(): maps = loc(x, 1, create_graph=True)
     assert maps.requires_grad
-    same(maps.detach(), loc(x, 1), 1e-5)
+    same(maps.detach(), loc(x, 1), 1e-4)
     weight = next(p for p in loc.model.parameters() if p.ndim == 4)
     (maps*torch.linspace(0, 1, 96)).sum().backward()
     assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().sum() > 0

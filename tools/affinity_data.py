@@ -1,8 +1,8 @@
-"""The pictures on which affinity refinement is chosen and tested: birds, photographs, video, tissue, the world
+"""Pictures on which affinity refinement is chosen and tested: birds, photographs, video, tissue, the world
 
 Each set has a split to choose on and one that is tested once. Masks and boxes of VOC-SCRIBBLE and DAVIS are
-brought into the form of the other sets in a folder of work. A box is drawn around each connected part of the
-object of at least a twentieth of its area, and any of them may be found, as with the several boxes of ImageNet.
+brought into the form of the other sets in a folder of work. A box is drawn around each connected part of
+the object of at least a twentieth of its area, and any of them may be found, as with ImageNet's boxes.
 """
 from pathlib import Path
 

@@ -141,7 +141,8 @@ def tries():
     for first in (6, 7, 8, 9, 10, 11):
         for last in (10, 11):
             if first < last + 1:
-                for power in (0, 2): yield 'base', base | dict(base=tuple(range(first, last + 1)), power=power)
+                for power in (0, 2):
+                    yield 'base', base | dict(base=tuple(range(first, last + 1)), power=power)
     for layers in ((5, 6), (7, 8), (8, 9), (9, 10), (5, 12), (7, 10)):
         for heat in (.1, .2): yield 'keys', base | dict(of='keys', layers=layers, heat=heat)
 
@@ -228,7 +229,8 @@ def hub_rows(p):
         row = dict(layers=str(list(layers)), top5=float((received*hub).sum()/received.sum()),
                    most=float(received.amax(1).mean()), corners=float((hub@corners/4).mean()),
                    map_at_hubs=float(((base*hub).sum(1)/hub.sum(1)/base.mean(1)).mean()))
-        row['looks at hubs: object'], row['looks at hubs: others'] = on_and_off((A*hub[:, None]).sum(2), inside)
+        looks = on_and_off((A*hub[:, None]).sum(2), inside)
+        row['looks at hubs: object'], row['looks at hubs: others'] = looks
         for name, M in (('product', A), ('balanced', S)):
             part, whole = (M*(hub*base)[:, None]).sum(2), (M*base[:, None]).sum(2)
             for what, v in (('of hubs', part), ('of the rest', whole - part), ('whole', whole)):
@@ -264,7 +266,7 @@ def hubs(a, rows, source):
 
 def grids(a, rows, source):
     "The default and its base map at several sizes; position embeddings are interpolated."
-    for size in (224, 320, 384):
+    for size in (224, 320):
         for name in CHOSEN_ON:
             key = dict(data=name, split=ROLES[name][0], size=size)
             if rows.having(**key, map='AffinityMaps'): continue
@@ -330,7 +332,7 @@ def pairs(a, rows, source):
 # how long it takes
 
 def times(a, rows, source):
-    "Median milliseconds of one picture, and ratios to a plain pass just before, for the machine may be shared."
+    "Median processor time of one picture, and ratios to a plain pass just before."
     net, x = vit(), torch.rand(1, 3, 224, 224)
     layout = learn_attention(net, x)
     patches, row4 = PatchMean(range(*CHOICE['layers'])), ClassRows('last 4')

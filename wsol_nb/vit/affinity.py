@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'refine', 'AffinityMaps']
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #0547806f
+# %% ../../nbs/7_transformers/08_affinity.ipynb #71b18c90
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from .layout import layers_of, learn_attention
 from .reading import PatchMean, pick_layers, read_attention
 from .rows import attended, listening
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #e1579ba1
+# %% ../../nbs/7_transformers/08_affinity.ipynb #5b21329f
 def _check_affinity(A):
     "Refuse what is no affinity; numbers are looked at on the CPU only."
     square = isinstance(A, torch.Tensor) and A.ndim > 1 and A.shape[-1] == A.shape[-2]
@@ -35,7 +35,7 @@ def _joined(A):
     lone = (A.sum(-1) == 0) | (A.sum(-2) == 0) # …,n
     return A + torch.diag_embed(lone.to(A.dtype))
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #e5999fde
+# %% ../../nbs/7_transformers/08_affinity.ipynb #d096b0a7
 def sinkhorn(
     affinity, # (…,N,N) not negative; row i: how much patch i looks at each
     steps:int=5, # alternations of columns and rows; 0: the affinity as it is
@@ -54,7 +54,7 @@ def sinkhorn(
     S = r[..., :, None]*A*c[..., None, :]
     return (S + S.mT)/2 if symmetric else S
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #5fcb4ebf
+# %% ../../nbs/7_transformers/08_affinity.ipynb #a87a5fc4
 def refine(
     maps, # (B,h,w) or (B,T,h,w)
     affinity, # (B,h·w,h·w), such as `sinkhorn` gives
@@ -71,7 +71,7 @@ def refine(
         for _ in range(power): m = affinity@m
     return m.mT.reshape(maps.shape)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #bf412e8f
+# %% ../../nbs/7_transformers/08_affinity.ipynb #2035ff94
 class _Overheard:
     "The mean attention among patches of the first pass over all `n` images, heard as a whole."
     def __init__(self, layout, layers, n):
@@ -93,14 +93,14 @@ class _Overheard:
     def whole(self): return len(self.heard) == len(self.layers)
     def mean(self): return self.total/len(self.heard) # b,n,n
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #b336940a
+# %% ../../nbs/7_transformers/08_affinity.ipynb #8eb5d8c2
 def _on_grid(maps, grid):
     "Maps (B,h,w) or (B,T,h,w) at the grid's size, the mean of each cell."
     if tuple(maps.shape[-2:]) == tuple(grid): return maps.float()
     flat = maps.float().reshape(len(maps), -1, *maps.shape[-2:])
     return F.adaptive_avg_pool2d(flat, grid).reshape(*maps.shape[:-2], *grid)
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #67056d14
+# %% ../../nbs/7_transformers/08_affinity.ipynb #f382960f
 @localizer(needs='tokens', passes='1', paper='Sinkhorn & Knopp, Pacific J. Math. 1967')
 class AffinityMaps(Localizer):
     "A token map handed along the attention between patches, which Sinkhorn's balance rids of hubs."
@@ -131,7 +131,7 @@ class AffinityMaps(Localizer):
         how = f'affinity_layers={layers!r}, steps={self.steps}, power={self.power}'
         return f'{type(self).__name__}({self.localizer.describe(preset)}, {how})'
 
-# %% ../../nbs/7_transformers/08_affinity.ipynb #8d33adc7
+# %% ../../nbs/7_transformers/08_affinity.ipynb #fd903a66
 @patch
 def overhear(self:AffinityMaps, x, target, create_graph):
     "Logits and maps (B[,T],H,W) of the localizer, attention (B,N,N) of its pass, and the grid."

@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..cam.trace import eager
+from ..devices import no_autocast
 from ..localize.outputs import Door
 
 # %% ../../nbs/7_transformers/00_rows.ipynb #66a44db2
@@ -41,8 +42,8 @@ class Attended:
 
     def rows(self, at=slice(None)): # at: a slice of queries
         "Rows of attention (B,heads,nq,Nk); whoever listens around does not hear this softmax."
-        kind = (self.k if self.given is None else self.given).device.type
-        with torch.autocast(kind, enabled=False), torch._C.DisableTorchFunction():
+        device = (self.k if self.given is None else self.given).device
+        with no_autocast(device), torch._C.DisableTorchFunction():
             return self.scores(at).softmax(-1)
 
 # %% ../../nbs/7_transformers/00_rows.ipynb #b2bb7d21
