@@ -6,7 +6,7 @@
 __all__ = ['otsu', 'three_kinds', 'PatchHead', 'foreground', 'PatchNet', 'PatchHeadMaps', 'HeadTraining', 'head_loss',
            'read_patch_head', 'load_patch_head', 'train_patch_head']
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #f7bdfaa2
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #1d3bc1f3
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from .layout import layers_of, learn_attention
 from .reading import Projected, read_attention
 from .tokencut import token_cut
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #9b0545ff
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #d4084349
 def otsu(
     maps, # (B,N) numbers
 )->torch.Tensor: # (B,1)
@@ -52,7 +52,7 @@ def three_kinds(
     kinds = kinds.masked_fill(maps > t + margin*(1 - t), 1)
     return kinds.masked_fill(maps < t - margin*t, 0)
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #864b9846
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #5da6d42f
 class PatchHead(nn.Module):
     "Background, foreground, ambiguous: a score of each for every patch."
     def __init__(self,
@@ -77,7 +77,7 @@ def foreground(
     "How probable foreground is, where a patch is one or the other."
     return (scores[:, 1] - scores[:, 0]).sigmoid()
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #b1f81ff5
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #5f37a0de
 class PatchNet(nn.Module):
     "A frozen net and a head on what one of its layers projects."
     def __init__(self,
@@ -108,7 +108,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x): return self.net(x)
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #fb0253be
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #fd185737
 @localizer(needs='a patch head', passes='1')
 class PatchHeadMaps(Localizer):
     "Foreground as a small head on a frozen transformer sees it, whatever the class."
@@ -128,7 +128,7 @@ class PatchHeadMaps(Localizer):
         if wanted.ndim == 1: return logits, maps
         return logits, maps[:, None].expand(-1, wanted.shape[1], *grid)
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #db24e8d4
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #94bbca15
 class HeadTraining(NamedTuple):
     "How a patch head is trained; what is stored beside it."
     epochs: int = 6
@@ -157,7 +157,7 @@ def _batch(model, pictures, chosen, epoch, how, size):
         x.append(image.flip(-1) if mirrored else image)
     return torch.stack(x).to(next(model.parameters()).device) if x else None
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #55521969
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #82f26a93
 _FILE = 'patch_head.pth'
 
 def _save(file, model, how, losses, run):
@@ -187,7 +187,7 @@ def load_patch_head(
     model = ready_net(net) if isinstance(net, str) else net
     return PatchNet(model, state['layer'], state['width'], head).eval()
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #cbb26883
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #f60fee0c
 def _resume(file, model, how, steps):
     "Optimiser, schedule and losses so far: new ones, or those of the last whole epoch."
     opt = torch.optim.AdamW(model.head.parameters(), how.lr, weight_decay=.05)
@@ -212,7 +212,7 @@ def _step(model, x, how, run):
     plan.step()
     return loss.detach()
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #e4d67248
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #5c4c291b
 def _epoch(model, pictures, epoch, how, size, run, progress):
     "One pass over the pictures; the mean loss of its steps."
     draw = torch.Generator().manual_seed(1000*how.seed + epoch)
@@ -232,7 +232,7 @@ def _make_head(model, how, size):
         torch.manual_seed(how.seed)
         model.scores(features, grid)
 
-# %% ../../nbs/7_transformers/09_patchhead.ipynb #ce843d87
+# %% ../../nbs/7_transformers/09_patchhead.ipynb #0f2a6b48
 def train_patch_head(
     images, # a folder of photographs or a list of them, see `list_pictures`; no label is read
     net='vit_tiny_patch16_224', # a model of timm by name, see `ready_net`, or a module on [0,1]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..cam.trace import eager
-from ..devices import no_autocast
+from ..devices import autocasts
 from ..localize.outputs import Door
 
 # %% ../../nbs/7_transformers/00_rows.ipynb #66a44db2
@@ -22,7 +22,6 @@ def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
 def _masked(scores, mask, at):
     "Scores with what a mask adds, or without what it hides."
-    if mask is None: return scores
     mask = mask[..., at, :] if mask.shape[-2] > 1 else mask
     if mask.dtype != torch.bool: return scores + _wide(mask)
     return scores.masked_fill(~mask, float('-inf'))
@@ -37,14 +36,14 @@ class Attended:
 
     def scores(self, at=slice(None)): # (B,heads,nq,Nk)
         if self.given is not None: return _wide(self.given[..., at, :])
-        products = self.scale*_wide(self.q[..., at, :])@_wide(self.k).mT
-        return _masked(products, self.mask, at)
+        products = (_wide(self.q[..., at, :])*self.scale)@_wide(self.k).mT
+        return products if self.mask is None else _masked(products, self.mask, at)
 
     def rows(self, at=slice(None)): # at: a slice of queries
-        "Rows of attention (B,heads,nq,Nk); whoever listens around does not hear this softmax."
+        "Rows of attention (B,heads,nq,Nk)."
         device = (self.k if self.given is None else self.given).device
-        with no_autocast(device), torch._C.DisableTorchFunction():
-            return self.scores(at).softmax(-1)
+        if not autocasts(device): return self.scores(at).softmax(-1)
+        with torch.autocast(device.type, enabled=False): return self.scores(at).softmax(-1)
 
 # %% ../../nbs/7_transformers/00_rows.ipynb #b2bb7d21
 _FUSED, _OPEN, _SHUT = 'scaled_dot_product_attention', 'softmax', 'multi_head_attention_forward'
