@@ -6,7 +6,7 @@
 __all__ = ['check_keys', 'likeness', 'Lost', 'lost', 'piece_at', 'largest_piece', 'patch_box', 'boxes_at', 'KeyLocalizer',
            'OwnBoxes', 'LOST']
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #3cda7b51
+# %% ../../nbs/7_transformers/05_lost.ipynb #ebe42f8d
 import math
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..registry import localizer
 from .layout import layers_of, learn_attention
 from .reading import Projected, read_attention
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #f8841dea
+# %% ../../nbs/7_transformers/05_lost.ipynb #3fe37089
 def check_keys(
     keys, # (B,N,d) float, a key a patch
     centre:bool=False, # subtract the mean over the patches of each image
@@ -40,7 +40,7 @@ def likeness(
     "Products of all pairs of keys."
     with no_autocast(keys.device): return keys@keys.mT
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #86dadbc0
+# %% ../../nbs/7_transformers/05_lost.ipynb #bf2230c3
 class Lost(NamedTuple):
     "What LOST finds among N patches of each image."
     degree: torch.Tensor    # (B,N) int64, how many patches each one resembles
@@ -67,7 +67,7 @@ def lost(
     soft = (S*expansion[:, None]).sum(-1) # b,n
     return Lost(degree, seed, expansion, soft, soft.detach() >= 0)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #3ed10b91
+# %% ../../nbs/7_transformers/05_lost.ipynb #d3ab0626
 def piece_at(
     mask, # (h,w) bool
     at:int, # a patch, in reading order
@@ -79,7 +79,7 @@ def piece_at(
     piece[row, column] = True
     return piece
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #aa18b213
+# %% ../../nbs/7_transformers/05_lost.ipynb #9afa65e6
 def largest_piece(
     mask, # (h,w) bool
 )->np.ndarray: # (h,w) bool
@@ -115,7 +115,7 @@ def boxes_at(
         boxes.append(patch_box(piece, size))
     return torch.tensor(boxes)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #6c6ca389
+# %% ../../nbs/7_transformers/05_lost.ipynb #36f098ef
 class KeyLocalizer(Localizer):
     "Maps and boxes that follow from the keys of one layer of a transformer, whatever the class."
     depth = 1. # where the layer of the default stands, as a share of the layers
@@ -136,7 +136,7 @@ class KeyLocalizer(Localizer):
         read = read_attention(self.model, x, Projected(layer), layout=layout, ask=self.door)
         return read.logits, read.taken[0][0][:, -math.prod(layout.grid):], layout.grid
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #fa126b46
+# %% ../../nbs/7_transformers/05_lost.ipynb #6824d1a2
 @patch
 def look(self:KeyLocalizer, keys): # soft (B,N), mask (B,N) bool, seed (B,)
     "What is found among keys (B,N,d)."
@@ -156,7 +156,7 @@ def describe(self:KeyLocalizer, preset=None):
     how = f', layer={layer}{", centre=True"*self.centre}, preset='
     return Localizer.describe(self, preset).replace(', preset=', how)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #e7a07f24
+# %% ../../nbs/7_transformers/05_lost.ipynb #f9bfe747
 @patch
 def find_boxes(self:KeyLocalizer, x): # logits (B,C), boxes (B,4)
     "The boxes of its own rule, inside a call that keeps the model as it is."
@@ -181,7 +181,7 @@ class OwnBoxes(BoxLocalizer):
 
     def describe(self, preset=None): return f'OwnBoxes({self.localizer.describe(preset)})'
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #d37543ed
+# %% ../../nbs/7_transformers/05_lost.ipynb #71c70e25
 @patch
 def boxes(self:KeyLocalizer,
     x, # (B,3,H,W) float RGB in [0,1]
