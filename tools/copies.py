@@ -30,6 +30,7 @@ from wsol_nb.registry import entries
 from wsol_nb.results import Rows, origin
 from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.method import GAP, adam
+from wsol_nb.vit.patchhead import PatchHead, PatchNet
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
 import timm # after wsol_nb.core, see its end
@@ -116,6 +117,7 @@ def small_vit(n_classes=5):
 def small_net(needs='class maps', n_classes=5):
     torch.manual_seed(1)
     if needs == 'tokens': return small_vit(n_classes)
+    if needs == 'a patch head': return PatchNet(small_vit(n_classes), head=PatchHead(3*192, 16))
     model = wsol_model('resnet10t', n_classes, stride=16, verbose=False)
     torch.nn.init.uniform_(model.head.classifier.weight, -.25, .5)
     return FullModel(model, frozen=False) if needs == 'a decoder' else model

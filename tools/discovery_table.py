@@ -2,14 +2,21 @@
 
     python tools/discovery_table.py keys [--data SYNTH|CUB] [--out CSV]
     python tools/discovery_table.py rules [--out CSV]
+    python tools/discovery_table.py times [--out CSV]
+    python tools/discovery_table.py head --head FOLDER --trained-on NAME [--out CSV]
 
 `keys`: for each layer of the shared ViT-Tiny, keys as they are and centred, what LOST's degrees and TokenCut's
 peaks are like, how often the methods' own boxes hit (IoU .5), and MaxBoxAcc(.5) of the maps: on 200 pictures of
 the synthetic world, or on CUB's val split. `rules`: from map to box on CUB's val and test splits, VOC pictures and
-DAVIS frames with masks (WSOL_DATA), Otsu against the methods' own rules. A row that is there is not computed again.
+DAVIS frames with masks (WSOL_DATA), Otsu against the methods' own rules. `times`: processor time of an image of
+14×14 patches on one thread, what comes on top of the forward pass and as a share of it, in turns. `head`: TokenCut
+and a head of `wsol_learn_objects` on the same data; nothing is chosen on test. A row that is there is not computed
+again.
 """
 import argparse
 import math
+import statistics
+import time
 from pathlib import Path
 
 import cv2
@@ -30,7 +37,8 @@ from wsol_nb.results import Rows, origin, results_folder
 from wsol_nb.scoring.scorer import Scorer
 from wsol_nb.vit.discovery import find_object, ready_net
 from wsol_nb.vit.layout import learn_attention
-from wsol_nb.vit.lost import boxes_at, lost, piece_at
+from wsol_nb.vit.lost import boxes_at, largest_piece, lost, piece_at
+from wsol_nb.vit.patchhead import foreground, load_patch_head, read_patch_head
 from wsol_nb.vit.reading import Projected, read_attention
 from wsol_nb.vit.tokencut import patch_graph, token_cut
 
@@ -178,7 +186,6 @@ def from_piece(piece, grid):
 
 def rules_of(keys, grid):
     "{rule: objects} of TokenCut with the keys of layer 8, and LOST with those of layer 7."
-    from wsol_nb.vit.lost import largest_piece
     cut, own = token_cut(keys[8]), lost(keys[7])
     maps = dict(v=cut.v, y=cut.y, lost=own.soft)
     found = {f'{n}, Otsu': [find_object(scaled(m), (SIZE, SIZE)) for m in t.unflatten(1, grid)]
@@ -203,15 +210,84 @@ def rules_table(rows):
         for row in new: print(*(f'{k}={v}' for k, v in row.items() if k not in source), flush=True)
 
 
+def median_ms(calls, repeat=15):
+    "Median processor time of each call, made in turns."
+    taken = {name: [] for name in calls}
+    for _ in range(repeat + 2):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            taken[name].append(1e3*(time.process_time() - start))
+    return {name: statistics.median(t[2:]) for name, t in taken.items()}
+
+
+@torch.inference_mode()
+def times_table(rows):
+    torch.set_num_threads(1)
+    net, x = ready_net(NET), birds()[0][:1] if env_folder('WSOL_DATA') else synthetic(1)[0]
+    layout = learn_attention(net, x)
+    keys = read_attention(net, x, Projected(8), layout=layout).taken[0][0][:, -math.prod(layout.grid):]
+    low = read_attention(net, x, Projected(7), layout=layout).taken[0][0][:, -math.prod(layout.grid):]
+    cut, seen = token_cut(keys), lost(low)
+
+    def boxes(mask, at): return boxes_at(mask, at, layout.grid, (SIZE, SIZE))
+    calls = {'forward pass': lambda: net(x), 'pass that keeps keys': lambda: read_attention(
+                 net, x, Projected(8), layout=layout),
+             'TokenCut': lambda: token_cut(keys), 'LOST': lambda: lost(low),
+             'own box of TokenCut': lambda: boxes(cut.mask, cut.peak),
+             'own box of LOST': lambda: boxes(seen.mask, seen.seed),
+             'object of a map, photo of 640×480': lambda: find_object(scaled(cut.v.unflatten(1, layout.grid)[0]),
+                                                                      (640, 480))}
+    found, source = median_ms(calls), origin('python tools/discovery_table.py times')
+    source['hardware'] += ', 1 thread, processor time'
+    rows.add([dict(what=n, ms=round(ms, 2), share_of_pass=round(ms/found['forward pass'], 3)) | source
+              for n, ms in found.items()])
+    for n, ms in found.items(): print(f'{n}: {ms:.2f} ms, {ms/found["forward pass"]:.3f} of the pass')
+
+
+def accs(maps, boxes, preset):
+    scorer = Scorer(SIZE)
+    for m, b in zip(maps, boxes):
+        scorer.count(scorer.look(reference_score_map(m.numpy(), SIZE, preset), b), 'x')
+    found = scorer.accs['boxes'].compute()['max_box_acc']
+    return {f'max_box_acc_{d}': round(found[d]['value'], 1) for d in ('0.3', '0.5', '0.7')} | {
+        'tau_0.5': found['0.5']['tau']}
+
+
+@torch.no_grad()
+def head_table(rows, folder, trained_on):
+    command = f'python tools/discovery_table.py head --head FOLDER --trained-on "{trained_on}"'
+    model, source = load_patch_head(folder), origin(command)
+    how = read_patch_head(folder)
+    for name in ('CUB val', 'CUB test', 'SYNTH', 'VOC', 'DAVIS'):
+        if rows.having(trained_on=trained_on, data=name): continue
+        x, boxes, masks = (*synthetic(), None) if name == 'SYNTH' else pictures(name)
+        parts = [model.look(b) for b in x.split(20)]
+        grid, keys = parts[0][2], torch.cat([p[3] for p in parts])
+        cut = token_cut(keys).v.float().unflatten(1, grid)
+        learnt = torch.cat([foreground(model.scores(p[1], grid)) for p in parts])
+        for what, maps, preset in (('TokenCut v', cut, 'wsoleval'), ('head', learnt, 'prob')):
+            row = dict(trained_on=trained_on, data=name, images=len(x), map=what) | accs(maps, boxes, preset)
+            objects = [find_object(scaled(m) if what != 'head' else m.numpy(), (SIZE, SIZE)) for m in maps]
+            row |= {f'otsu_{k}': v for k, v in row_of_rule(objects, boxes, masks).items()}
+            row |= dict(epochs=len(how['losses']), last_loss=round(how['losses'][-1], 4)) if what == 'head' else {}
+            rows.add([row | source])
+            print(row, flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('what', choices=('keys', 'rules'))
+    p.add_argument('what', choices=('keys', 'rules', 'times', 'head'))
     p.add_argument('--data', choices=('SYNTH', 'CUB'), default='SYNTH')
     p.add_argument('--out', type=Path, metavar='CSV', help='table; rows that are in it are not computed again')
+    p.add_argument('--head', help='folder of a trained head')
+    p.add_argument('--trained-on', help='what it was trained on, for the table')
     a = p.parse_args()
     rows = Rows(a.out or results_folder()/f'discovery_{a.what}.csv')
     if a.what == 'keys': keys_table(rows, a.data)
-    else: rules_table(rows)
+    elif a.what == 'rules': rules_table(rows)
+    elif a.what == 'times': times_table(rows)
+    else: head_table(rows, a.head, a.trained_on)
 
 
 if __name__ == '__main__': main()

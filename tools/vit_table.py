@@ -20,16 +20,18 @@ from torch import nn
 from wsol_nb.cam.gradient import GradCAM
 from wsol_nb.core import set_seed
 from wsol_nb.data.loaders import WSOLDataLoaders
-from wsol_nb.localize.base import Localizer
+from wsol_nb.localize.base import BoxLocalizer, Localizer
 from wsol_nb.metrics.boxes import centre_map
-from wsol_nb.metrics.contours import TAUS
+from wsol_nb.metrics.contours import TAUS, box_iou
 from wsol_nb.nets.bodies import local_weights, read_state
 from wsol_nb.results import Rows, origin, results_folder
 from wsol_nb.vit.affinity import AffinityMaps
 from wsol_nb.vit.attention import ClassAttention
 from wsol_nb.vit.heads import best_head, map_overlaps, oracle_head
+from wsol_nb.vit.lost import LOST, OwnBoxes
 from wsol_nb.vit.relevance import AttentionGradient, LeGrad
 from wsol_nb.vit.rollout import Rollout
+from wsol_nb.vit.tokencut import TokenCut
 import timm # after wsol_nb.core, see its end
 
 ARCH, DELTAS = 'vit_tiny_patch16_224', (.3, .5, .7)
@@ -67,8 +69,27 @@ class Fixed(Localizer):
 def whole_image(): return np.ones((224, 224)) - 1e-3*(np.indices((224, 224)).sum(0) == 0)
 
 
+_SEEN = {} # (layer, numbers of a batch) -> what a pass gave: rows that read the same keys share it
+
+
+def kept(kind):
+    "A localizer of keys that lets a batch through the net once for all rows."
+    class Kept(kind):
+        def keys(self, x):
+            key = self.layer, len(x), x.double().sum().item()
+            if key not in _SEEN:
+                logits, keys, grid = super().keys(x)
+                _SEEN[key] = logits, keys.half(), grid
+            logits, keys, grid = _SEEN[key]
+            return logits, keys.float(), grid
+    return Kept
+
+
+def own_box(kind, **how): return lambda model: OwnBoxes(kind(model, **how))
+
+
 # Rows: name -> how the localizer is made of a model on images in [0,1]. Others add theirs.
-A, R = ClassAttention, Rollout
+A, R, L, T = ClassAttention, Rollout, kept(LOST), kept(TokenCut)
 ROWS = {
     'centre box': partial(Fixed, score_map=centre_map()),
     'whole image': partial(Fixed, score_map=whole_image()),
@@ -82,6 +103,18 @@ ROWS = {
     'rollout, discard .9, mean': partial(R, discard=.9),
     'rollout, discard .9, max': partial(R, discard=.9, heads='max'),
     'rollout, discard .9, min': partial(R, discard=.9, heads='min'),
+    'LOST, keys 7': partial(L, layer=7),
+    'LOST, keys 11': partial(L, layer=11),
+    'LOST, keys 10 centred': partial(L, layer=10, centre=True),
+    'LOST, keys 7, own box': own_box(L, layer=7),
+    'LOST, keys 11, own box': own_box(L, layer=11),
+    'LOST, keys 10 centred, own box': own_box(L, layer=10, centre=True),
+    'TokenCut, keys 8': partial(T, layer=8),
+    'TokenCut, keys 8, v': partial(T, layer=8, weigh=True),
+    'TokenCut, keys 11': partial(T, layer=11),
+    'TokenCut, keys 8, own box': own_box(T, layer=8),
+    'TokenCut, keys 8, largest piece': own_box(T, layer=8, piece='largest'),
+    'TokenCut, keys 11, own box': own_box(T, layer=11),
     'affinity, last 4 layers': AffinityMaps,
     'affinity without balance': partial(AffinityMaps, steps=0),
     'affinity, rollout': partial(AffinityMaps, of=R),
@@ -116,13 +149,21 @@ class Timed:
         return maps
 
 
+def own_overlaps(loc, part):
+    "The same of boxes: at each threshold that of the one box."
+    ious = [box_iou([box], true).max() for b in part for box, true in zip(loc.boxes(b.x), b.boxes)]
+    return np.broadcast_to(np.array(ious, np.float32)[None, :, None, None], (2, len(ious), 1, len(TAUS)))
+
+
 @cache
 def reached(make, split):
-    "(2,n,T,τ) IoUs of a localizer's maps on a split, and milliseconds an image."
+    "(2,n,T,τ) IoUs of a localizer's maps on a split; milliseconds an image, None where passes are shared."
     set_seed(0)
-    part, loc = loaders().localizable(split), Timed(make(imagenet_vit()))
+    part, loc = loaders().localizable(split), make(imagenet_vit())
+    if isinstance(loc, BoxLocalizer): return own_overlaps(loc, part), None
+    loc = Timed(loc)
     overlaps = map_overlaps(loc, part)
-    return overlaps, 1e3*loc.seconds/len(part)
+    return overlaps, None if isinstance(loc.localizer, (L, T)) else round(1e3*loc.seconds/len(part), 1)
 
 
 def curves(overlaps, how, head):
@@ -148,7 +189,7 @@ def row_of(name, split):
     (own, ms), (val, _) = reached(make, split), reached(make, 'val')
     head = best_head(val[0] >= .5) if how == 'fixed' else 0
     row = dict(head=head) if how == 'fixed' else {}
-    return row | figures(curves(own, how, head), curves(val, how, head)) | dict(ms_image=round(ms, 1))
+    return row | figures(curves(own, how, head), curves(val, how, head)) | dict(ms_image=ms)
 
 
 def main():

@@ -6,7 +6,7 @@
 __all__ = ['grid_size', 'part_map', 'Object', 'find_object', 'ReadyNet', 'ready_net', 'Picture', 'list_pictures', 'Discovery',
            'input_size', 'discover']
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #ac967b29
+# %% ../../nbs/7_transformers/07_discover.ipynb #b2fb5efd
 import csv, json, os
 from collections import Counter
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..registry import did_you_mean
 from ..show import Example, contact_sheet, to_rgb
 import timm
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #672d2ded
+# %% ../../nbs/7_transformers/07_discover.ipynb #0f583e02
 _LONGEST = 512 # side of the grid on which a map is parted, pixels
 
 def grid_size(
@@ -55,7 +55,7 @@ def part_map(
     _, pieces, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
     return pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #7176dbc2
+# %% ../../nbs/7_transformers/07_discover.ipynb #afedeae4
 class Object(NamedTuple):
     "The object of a picture."
     mask: np.ndarray # (h,w) bool, at the picture's shape, see `grid_size`
@@ -83,7 +83,7 @@ def find_object(
     big = cv2.resize(np.asarray(score_map, np.float32), mask.shape[::-1])
     return Object(mask, _box(mask, size), float(big[mask].mean() - big[~mask].mean()))
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #cf1d4d1c
+# %% ../../nbs/7_transformers/07_discover.ipynb #0f51996b
 class ReadyNet(nn.Module):
     "A net of timm that takes images in [0,1] and normalises them as it was trained."
     def __init__(self,
@@ -97,7 +97,7 @@ class ReadyNet(nn.Module):
 
     def forward(self, x): return self.net((x - self.mean)/self.std)
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #f8e00a22
+# %% ../../nbs/7_transformers/07_discover.ipynb #715a2fe2
 def ready_net(
     arch:str, # name of a timm model, e.g. 'vit_tiny_patch16_224' or 'vit_small_patch16_224.dino'
     pretrained=True, # True: from WSOL_WEIGHTS, else timm's hub; a file; False: random weights
@@ -121,7 +121,7 @@ def _from_file(arch, file, kwargs):
     net.pretrained_cfg.pop('state_dict', None)
     return net
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #b6ae5001
+# %% ../../nbs/7_transformers/07_discover.ipynb #fd053bde
 class Picture(NamedTuple):
     "A picture that is to be looked at."
     name: str      # below which what was found is kept
@@ -134,7 +134,7 @@ class Picture(NamedTuple):
         try: return Image.fromarray(to_rgb(self.source))
         except (ValueError, AttributeError) as e: raise BadImage(f'{self.name}: {e}') from None
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #2a20930a
+# %% ../../nbs/7_transformers/07_discover.ipynb #c2f873c8
 def _below(folder):
     "The pictures below a folder."
     files = sorted(f for f in folder.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -162,7 +162,7 @@ def list_pictures(
     expect(names[0][1] == 1, 'images', names[0][0], 'each picture once')
     return listed
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #531ede06
+# %% ../../nbs/7_transformers/07_discover.ipynb #3db60204
 _COLUMNS = 'image', 'x0', 'y0', 'x1', 'y1', 'score', 'area', 'width', 'height', 'problem'
 
 def _row(name, size, found, problem=''):
@@ -171,7 +171,7 @@ def _row(name, size, found, problem=''):
     score = [round(found.score, 4), round(float(found.mask.mean()), 4)] if found else ['']*2
     return dict(zip(_COLUMNS, (name, *box, *score, *(size or ['']*2), problem)))
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #b48aa576
+# %% ../../nbs/7_transformers/07_discover.ipynb #76dfa41c
 class _InMemory:
     "Rows and maps of this process."
     root = None
@@ -197,7 +197,7 @@ def _settle(file, settings):
                f'same settings; {off} differs from those in {file.name}')
     with whole_file(file) as part: part.write_text(json.dumps(settings, indent=1))
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #10c0582f
+# %% ../../nbs/7_transformers/07_discover.ipynb #8bf31b3b
 class _OnDisk:
     "Rows, maps and masks below a folder."
     def __init__(self, root, settings):
@@ -222,7 +222,7 @@ class _OnDisk:
             with whole_file(self.root/f'masks/{name}.png') as part: mask.save(part, 'PNG')
         self.append(row.values())
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #7668bc34
+# %% ../../nbs/7_transformers/07_discover.ipynb #cb4a37e8
 class Discovery:
     "What was found in pictures: a table, masks, and a contact sheet."
     def __init__(self, pictures, store, described):
@@ -251,7 +251,7 @@ class Discovery:
         where = f', in {Path(self._store.root).name}' if self._store.root else ''
         return f'Discovery of {len(self) - bad} pictures{said}{where}: {self.localizer}'
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #ad52814d
+# %% ../../nbs/7_transformers/07_discover.ipynb #cd5e97c4
 _SHEET = 320 # longer side of a picture on the contact sheet, pixels
 
 def _panel(picture, row, score_map):
@@ -280,7 +280,7 @@ def sheet(self:Discovery,
     panels = [_panel(self.pictures[r.image], r, self._store.map(r.image)) for r in rows]
     return contact_sheet(panels, min(ncols, max(len(panels), 1)))
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #b82ec0a8
+# %% ../../nbs/7_transformers/07_discover.ipynb #092f1b63
 _OWN = dict(TokenCut=dict(weigh=True)) # settings of a localizer where its map is to be parted
 
 def _chosen(method, net, pretrained, kwargs):
@@ -300,7 +300,7 @@ def input_size(model):
     size = told[0] if told else 224
     return (size, size) if isinstance(size, int) else tuple(size)
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #84c2112d
+# %% ../../nbs/7_transformers/07_discover.ipynb #380625f6
 def _look(localizer, pictures, size):
     "(picture, its size, map or None, what is wrong with it) for each picture of a batch."
     read, wrong = [], []
@@ -319,7 +319,7 @@ def _batches(pictures, done, bs, progress):
     batches = [todo[i:i + bs] for i in range(0, len(todo), bs)]
     return progress_bar(batches, leave=False) if progress and batches else batches
 
-# %% ../../nbs/7_transformers/07_discover.ipynb #b900b038
+# %% ../../nbs/7_transformers/07_discover.ipynb #44d40b9a
 def discover(
     images, # a folder of photographs, or a list of files, PIL images, arrays or tensors
     method='tokencut', # a localizer: its name, its class, or one that is made already

@@ -6,7 +6,7 @@
 __all__ = ['check_keys', 'likeness', 'Lost', 'lost', 'piece_at', 'largest_piece', 'patch_box', 'boxes_at', 'KeyLocalizer',
            'OwnBoxes', 'LOST']
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #df1cacde
+# %% ../../nbs/7_transformers/05_lost.ipynb #ebe42f8d
 import math
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..registry import localizer
 from .layout import layers_of, learn_attention
 from .reading import Projected, read_attention
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #329c593f
+# %% ../../nbs/7_transformers/05_lost.ipynb #3fe37089
 def check_keys(
     keys, # (B,N,d) float, a key a patch
     centre:bool=False, # subtract the mean over the patches of each image
@@ -31,7 +31,7 @@ def check_keys(
     fits = isinstance(keys, torch.Tensor) and keys.ndim == 3 and keys.is_floating_point()
     expect(fits and keys.numel(), 'keys', getattr(keys, 'shape', type(keys).__name__),
            'a float tensor (B,N,d), a key a patch')
-    if keys.dtype != torch.float64: keys = keys.float()
+    keys = (keys if keys.dtype == torch.float64 else keys.float()).contiguous()
     return keys - keys.mean(1, keepdim=True) if centre else keys
 
 def likeness(
@@ -40,7 +40,7 @@ def likeness(
     "Products of all pairs of keys."
     with no_autocast(keys.device): return keys@keys.mT
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #0f00d333
+# %% ../../nbs/7_transformers/05_lost.ipynb #bf2230c3
 class Lost(NamedTuple):
     "What LOST finds among N patches of each image."
     degree: torch.Tensor    # (B,N) int64, how many patches each one resembles
@@ -67,7 +67,7 @@ def lost(
     soft = (S*expansion[:, None]).sum(-1) # b,n
     return Lost(degree, seed, expansion, soft, soft.detach() >= 0)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #480d1664
+# %% ../../nbs/7_transformers/05_lost.ipynb #d3ab0626
 def piece_at(
     mask, # (h,w) bool
     at:int, # a patch, in reading order
@@ -79,7 +79,7 @@ def piece_at(
     piece[row, column] = True
     return piece
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #37adaca3
+# %% ../../nbs/7_transformers/05_lost.ipynb #9afa65e6
 def largest_piece(
     mask, # (h,w) bool
 )->np.ndarray: # (h,w) bool
@@ -115,7 +115,7 @@ def boxes_at(
         boxes.append(patch_box(piece, size))
     return torch.tensor(boxes)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #7f5a5ab0
+# %% ../../nbs/7_transformers/05_lost.ipynb #36f098ef
 class KeyLocalizer(Localizer):
     "Maps and boxes that follow from the keys of one layer of a transformer, whatever the class."
     depth = 1. # where the layer of the default stands, as a share of the layers
@@ -127,23 +127,16 @@ class KeyLocalizer(Localizer):
         **kwargs # for `Localizer`
     ):
         super().__init__(model, **kwargs)
-        self.layer, self.centre, self._layouts = layer, centre, {}
-
-    def layout(self, x):
-        "What can be read of images of this size; learnt once."
-        size = tuple(x.shape[1:])
-        if size not in self._layouts:
-            self._layouts[size] = learn_attention(self.model, x[:1], self.door)
-        return self._layouts[size]
+        self.layer, self.centre = layer, centre
 
     def keys(self, x): # logits (B,C), keys (B,N,d), grid (h,w)
         "The keys of the patches, and their grid."
-        layout, layer = self.layout(x), self.layer
+        layout, layer = learn_attention(self.model, x, self.door), self.layer
         if layer is None: layer = math.ceil(self.depth*len(layers_of(layout, 'patches'))) - 1
         read = read_attention(self.model, x, Projected(layer), layout=layout, ask=self.door)
         return read.logits, read.taken[0][0][:, -math.prod(layout.grid):], layout.grid
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #3626ec1b
+# %% ../../nbs/7_transformers/05_lost.ipynb #6824d1a2
 @patch
 def look(self:KeyLocalizer, keys): # soft (B,N), mask (B,N) bool, seed (B,)
     "What is found among keys (B,N,d)."
@@ -163,7 +156,7 @@ def describe(self:KeyLocalizer, preset=None):
     how = f', layer={layer}{", centre=True"*self.centre}, preset='
     return Localizer.describe(self, preset).replace(', preset=', how)
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #13238d35
+# %% ../../nbs/7_transformers/05_lost.ipynb #f9bfe747
 @patch
 def find_boxes(self:KeyLocalizer, x): # logits (B,C), boxes (B,4)
     "The boxes of its own rule, inside a call that keeps the model as it is."
@@ -188,7 +181,7 @@ class OwnBoxes(BoxLocalizer):
 
     def describe(self, preset=None): return f'OwnBoxes({self.localizer.describe(preset)})'
 
-# %% ../../nbs/7_transformers/05_lost.ipynb #e663f9e6
+# %% ../../nbs/7_transformers/05_lost.ipynb #71c70e25
 @patch
 def boxes(self:KeyLocalizer,
     x, # (B,3,H,W) float RGB in [0,1]
@@ -197,7 +190,7 @@ def boxes(self:KeyLocalizer,
     "A box for each image by the method's own rule, without a threshold."
     return OwnBoxes(self).boxes(x, target)
 
-@localizer(needs='keys of patches', passes='1',
+@localizer(needs='tokens', passes='1',
            paper='Siméoni et al., BMVC 2021', bib='simeoni2021lost')
 class LOST(KeyLocalizer):
     "Likeness to a seed that resembles fewest patches, whatever the class (Siméoni et al. 2021)."

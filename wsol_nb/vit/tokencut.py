@@ -79,7 +79,7 @@ def token_cut(
     return Cut(y, v, 1 - value, peak, mask)
 
 # %% ../../nbs/7_transformers/06_tokencut.ipynb #71d806b5
-@localizer(needs='keys of patches', passes='1', paper='Wang et al., CVPR 2022',
+@localizer(needs='tokens', passes='1', paper='Wang et al., CVPR 2022',
            bib='wang2022tokencut')
 class TokenCut(KeyLocalizer):
     "The second eigenvector of a graph of patches, whatever the class (Wang et al. 2022)."
