@@ -148,7 +148,8 @@ def test_a_checkpoint_is_always_there(world, tmp_path, monkeypatch):
     def watched(part, path):
         there = (tmp_path/'checkpoint.pt').is_file()
         replace(part, path)
-        seen.append((path.name, there, (tmp_path/'checkpoint.pt').is_file()))
+        if Path(path).parent != tmp_path: return # numba writes its own
+        seen.append((Path(path).name, there, (tmp_path/'checkpoint.pt').is_file()))
     monkeypatch.setattr(os, 'replace', watched)
     dls = WSOLDataLoaders.from_metadata(world, 'SYNTH', size=64, bs=8, num_workers=0)
     learn = wsol_learner(dls, 'test_resnet', cbs=Checkpoint(tmp_path), path=tmp_path)
