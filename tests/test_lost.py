@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import BIN, ENV, TINY, digest, refused, root, run, start, wait_until, wsol
