@@ -35,7 +35,8 @@ MANY = dict(
     ExcitationBackprop=1, # are there negative features?
     ScoreCAM=2, SSCAM=2, ISCAM=2, # is the copy without BatchNorm the same net, how many channels vary?
     AblationCAM=1, # how many channels live?
-    FullMaps=1) # are the maps probabilities?
+    FullMaps=1, # are the maps probabilities?
+    Refined=2) # are the images in [0,1], the maps probabilities?
 A_LOOK_AN_IMAGE = {'AblationCAM'} # each image's net runs from a layer on: does it give the same logits?
 NUMBERS = dict( # do not run on meta
     CAM='compares logits with those of each linear layer',
