@@ -190,7 +190,7 @@ def test_psol_goes_on_with_the_boxes_it_began_with(run, world, tmp_path):
     half = tmp_path/'half'
     learn = learner_from_config(config, half)
     class Enough(Exception): pass
-    def stop(): raise Enough
+    def stop(): raise Enough('enough')
     from fastai.callback.core import Callback
     class Stop(Callback):
         order = 1000
