@@ -17,6 +17,7 @@ from wsol_nb.methods.colocalize import DDT, Moments, descriptors, first_axis, la
 from wsol_nb.methods.refined import Refined
 from wsol_nb.methods.unlabelled import ddt
 from wsol_nb.nets.model import wsol_model
+from fastai.callback.core import Callback # after wsol_nb
 
 
 def net(name='resnet10t', **kw):
@@ -155,6 +156,14 @@ def test_refined_flips_are_those_of_mirrored():
 
 # PSOL
 
+class Enough(Exception): "Ends a training."
+
+
+class Stop(Callback):
+    order = 1000 # the checkpoint is written
+    def after_epoch(self): raise Enough('of it')
+
+
 @pytest.fixture(scope='module')
 def run(world, tmp_path_factory):
     "A run of PSOL without a first stage, by the command line."
@@ -183,20 +192,14 @@ def test_psol_goes_on_with_the_boxes_it_began_with(run, world, tmp_path):
     "Half of the epochs, then the rest: the weights of the whole; boxes are not found again."
     from safetensors.torch import load_file
 
-    from wsol_nb.train.fit import fit_run, learner_from_config
+    from wsol_nb.train.fit import begin_run, fit_run
     from wsol_nb.train.run import read_config
     config = {k: v for k, v in read_config(run[0]).items() if k != 'tau'}
     config['train'] = config['train'] | dict(check=False)
     half = tmp_path/'half'
-    learn = learner_from_config(config, half)
-    class Enough(Exception): pass
-    def stop(): raise Enough('enough')
-    from fastai.callback.core import Callback
-    class Stop(Callback):
-        order = 1000
-        def after_epoch(self): stop()
-    with learn.no_bar(), learn.no_logging(), pytest.raises(Enough):
-        learn.fit_one_cycle(2, slice(config['train']['lr'], config['train']['lr_head']), cbs=Stop())
+    learn = begin_run(config, half)
+    lrs = slice(config['train']['lr'], config['train']['lr_head'])
+    with learn.no_bar(), learn.no_logging(), pytest.raises(Enough): learn.fit_one_cycle(2, lrs, cbs=Stop())
     before = (half/'boxes.json').stat().st_mtime_ns
     fit_run(config, half, progress=False)
     assert (half/'boxes.json').stat().st_mtime_ns == before
