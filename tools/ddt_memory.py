@@ -1,6 +1,6 @@
 """DDT's axis from the descriptors of many images, in constant memory
 
-    python tools/ddt_memory.py [--images 1000 10000 100000] [--channels 160] [--cells 196]
+    python tools/ddt_memory.py [--images 1000 10000 100000] [--channels 64] [--cells 196]
 
 Descriptors of as many images are drawn a shard at a time (a common thing in a tenth of the cells, which are
 known) and added up as `DDT.fit` does. For each number of images a row: seconds, by how much the peak of
@@ -48,7 +48,7 @@ def measured(n, K, side):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--images', type=int, nargs='+', default=[1000, 10_000, 100_000])
-    p.add_argument('--channels', type=int, default=160)
+    p.add_argument('--channels', type=int, default=64)
     p.add_argument('--cells', type=int, default=196)
     p.add_argument('--out', type=Path, metavar='CSV', default=results_folder()/'ddt_memory.csv')
     a = p.parse_args()
