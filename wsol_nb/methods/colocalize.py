@@ -7,7 +7,7 @@ __all__ = ['SIGNS', 'LAYERS', 'Moments', 'centrality', 'descriptors', 'Axis', 'f
            'axes_of', 'project', 'DDT', 'viewed']
 
 # %% ../../nbs/5_methods/10_colocalize.ipynb #f380ad32
-import json, warnings
+import copy, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -307,10 +307,20 @@ def _read_axes(file, layer):
     return axes, said['layer'] if layer is None else layer, said['sign']
 
 # %% ../../nbs/5_methods/10_colocalize.ipynb #06b863d3
+class _Viewed(Mirrored):
+    "The mean projection of several views, or its positive part."
+    def __init__(self, ddt, views):
+        self.positive, signed = ddt.positive, copy.copy(ddt)
+        signed.positive = False
+        super().__init__(ddt.model, lambda model, **kwargs: signed, views)
+
+    def compute(self, x, target, create_graph):
+        logits, P = super().compute(x, target, create_graph)
+        return logits, P.relu() if self.positive else P
+
 def viewed(
-    localizer, # a fitted one
+    localizer:DDT, # a fitted one
     views:int, # 1, 2 or 4, see `Mirrored`
 )->Localizer:
-    "The mean of a ready localizer's maps of several views."
-    if check_views(views) == 1: return localizer
-    return Mirrored(localizer.model, lambda model, **kwargs: localizer, views)
+    "The same axes on the mean projection of several views; its positive part where DDT gives that."
+    return localizer if check_views(views) == 1 else _Viewed(localizer, views)
