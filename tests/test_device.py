@@ -27,7 +27,7 @@ from wsol_nb.registry import entries
 from wsol_nb.scoring.loop import evaluate
 from fastai.callback.core import Callback
 
-METHODS, LOCALIZERS, HEADS = (list(entries(kind)) for kind in ('method', 'localizer', 'head'))
+METHODS, HEADS, LOCALIZERS = list(entries('method')), list(entries('head')), copies.LOCALIZERS
 # waits of a call beside that for NaN, however many images there are
 MANY = dict(
     CAM=1, # are the logits a linear layer of the mean?

@@ -79,7 +79,7 @@ class BoxLoss(nn.Module):
     def decodes(self, logits): return logits.argmax(1)
 
 # %% ../../nbs/5_methods/14_boxes.ipynb #70d7afb9
-@localizer(needs='a box regressor', passes='1',
+@localizer(needs='a box regressor', passes='1 of two nets',
            paper='Zhang et al., CVPR 2020', bib='zhang2020psol')
 class RegressedBoxes(BoxLocalizer):
     "The box of a `BoxModel`, the same whatever the class."

@@ -236,7 +236,8 @@ def _rows(axes, target, logits): # (B,) or (B,T)
     return torch.zeros_like(target.scores(logits), dtype=torch.long)
 
 # %% ../../nbs/5_methods/10_colocalize.ipynb #ec0f23e7
-@localizer(needs='a fit on images', passes='1', paper='Wei et al., PR 2019', bib='wei2019ddt')
+@localizer(needs='a fit on images', passes='1, after a fit',
+           paper='Wei et al., PR 2019', bib='wei2019ddt')
 class DDT(LayerLocalizer):
     "The first principal component of the features of many images of a thing (Wei et al. 2019)."
     several_layers, preset = False, 'early'
