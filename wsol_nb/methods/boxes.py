@@ -72,7 +72,8 @@ class BoxLoss(nn.Module):
         if boxes is None: return F.cross_entropy(pred, y) # outside training
         pred, *logits = pred if isinstance(pred, (tuple, list)) else (pred,)
         off = (pred - xywh(boxes)).square().mean(1)*there
-        loss = self.weight*off.sum()/batch_count(there.sum(), len(y)).clamp(min=1)
+        n = batch_count(there.sum(), len(y)) # of all processes, times this one's share
+        loss = self.weight*off.sum()/torch.where(n > 0, n, 1)
         return loss + F.cross_entropy(logits[0].float(), y) if logits else loss
 
     def activation(self, logits): return logits.softmax(1)
