@@ -21,7 +21,7 @@ from torch import nn
 from wsol_nb.cam.gradient import GradCAM, LayerCAM, XGradCAM, localize_all
 from wsol_nb.cam.layers import LayerLocalizer
 from wsol_nb.nets.decoder import FullModel
-from wsol_nb.localize.base import HeadMaps, Localizer
+from wsol_nb.localize.base import BoxLocalizer, HeadMaps, Localizer
 from wsol_nb.localize.maps import to_score_maps
 from wsol_nb.nets.model import wsol_model
 from wsol_nb.registry import entries
@@ -96,7 +96,8 @@ ELSEWHERE = dict(QuietMaps='HeadMaps, but for negative classes: tests/test_negev
 # small budgets
 SETTINGS = dict(ScoreCAM=dict(channels=8, bs=6), SSCAM=dict(channels=4, n=2, std=.5, bs=6),
                 ISCAM=dict(channels=4, n=2, bs=6), AblationCAM=dict(channels=8, bs=6),
-                FeedbackCAM=dict(steps=2), SmoothGradCAMPlusPlus=dict(n=2), Mirrored=dict(of=GradCAM))
+                FeedbackCAM=dict(steps=2), SmoothGradCAMPlusPlus=dict(n=2), Mirrored=dict(of=GradCAM),
+                Refined=dict(by=['flip', 'scales'], of=GradCAM))
 VARIANTS = dict(Contrastive=('ExcitationBackprop', dict(contrastive=True))) # name -> (localizer, settings)
 
 
@@ -558,7 +559,12 @@ def test_methods(name):
     model = method.model(n_classes=5, verbose=False, **small_arch(name))
     assert callable(method.loss())
     assert all(p.requires_grad for group in method.param_groups(model) for p in group)
-    maps = method.localizer(model)(images(n=2), 1)
+    localizer = method.localizer(model)
+    if isinstance(localizer, BoxLocalizer):
+        boxes = localizer.boxes(images(n=2), 1)
+        assert boxes.shape == (2, 4) and localizer.logits.shape == (2, 5)
+        return
+    maps = localizer(images(n=2), 1)
     assert maps.shape == (2, 64, 96) and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
 
 

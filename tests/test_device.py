@@ -27,7 +27,7 @@ from wsol_nb.registry import entries
 from wsol_nb.scoring.loop import evaluate
 from fastai.callback.core import Callback
 
-METHODS, LOCALIZERS, HEADS = (list(entries(kind)) for kind in ('method', 'localizer', 'head'))
+METHODS, HEADS, LOCALIZERS = list(entries('method')), list(entries('head')), copies.LOCALIZERS
 # waits of a call beside that for NaN, however many images there are
 MANY = dict(
     CAM=1, # are the logits a linear layer of the mean?
@@ -35,7 +35,8 @@ MANY = dict(
     ExcitationBackprop=1, # are there negative features?
     ScoreCAM=2, SSCAM=2, ISCAM=2, # is the copy without BatchNorm the same net, how many channels vary?
     AblationCAM=1, # how many channels live?
-    FullMaps=1, PatchHeadMaps=1) # are the maps probabilities?
+    FullMaps=1, PatchHeadMaps=1, # are the maps probabilities?
+    Refined=2) # are the images in [0,1], the maps probabilities?
 A_LOOK_AN_IMAGE = {'AblationCAM'} # each image's net runs from a layer on: does it give the same logits?
 NUMBERS = dict( # do not run on meta
     CAM='compares logits with those of each linear layer',

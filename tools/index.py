@@ -16,7 +16,7 @@ DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'H
         'write_maps', 'localize_all', 'wsol_model', 'load_body', 'sample_seeds', 'peak_responses',
         'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam',
         'adamw', 'fit_run', 'run_grid', 'read_results', 'dice_volumes', 'hd95',
-        'discover', 'train_patch_head', 'load_patch_head']
+        'ddt', 'discover', 'train_patch_head', 'load_patch_head']
 
 
 def kinds():

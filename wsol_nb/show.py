@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .core import check_boxes, check_score_map, expect, plain_tensor, whole_file
+from .localize.base import BoxLocalizer
 from .localize.maps import reference_score_map
 from .localize.outputs import Hint
 from .metrics.contours import level_boxes
@@ -124,7 +125,7 @@ def draw_mask(
 class Example:
     "One image and what was found in it, on the evaluation grid."
     image: torch.Tensor # (3,H,W) in [0,1]
-    score_map: np.ndarray # (H,W) in [0,1]
+    score_map: np.ndarray # (H,W) in [0,1], or None for a net that answers with a box
     true_boxes: np.ndarray # (n,4)
     box: np.ndarray # (4,) predicted at the report's τ, or None
     title: str
@@ -133,7 +134,8 @@ class Example:
 
     def panel(self, alpha=.6):
         "The overlay with both boxes, or with the outlines of both masks."
-        rgb = overlay(self.image, self.score_map, alpha, stretch=True)
+        if self.score_map is None: rgb = to_rgb(self.image)
+        else: rgb = overlay(self.image, self.score_map, alpha, stretch=True)
         if self.true_mask is not None:
             return draw_mask(draw_mask(rgb, self.true_mask), self.score_map >= self.tau, BLUE)
         rgb = draw_boxes(rgb, self.true_boxes)
@@ -180,9 +182,13 @@ def _example(r, localizer, part, report):
     x, y = part.dataset[r.row]
     places = report.protocol.get('classes') # the data's classes among the model's
     y = y if places is None else torch.tensor(places)[y]
-    raw = localizer.raw(x[None].to(part.device), y[None].to(part.device))[0].cpu().numpy()
-    s = reference_score_map(raw, part.size, report.protocol['preset'])
-    shown = Example(x, s, part.boxes[r.row], None, _title(r, report))
+    batch = x[None].to(part.device), y[None].to(part.device)
+    true, title = part.boxes[r.row], _title(r, report)
+    if isinstance(localizer, BoxLocalizer):
+        return Example(x, None, true, localizer.boxes(*batch)[0], title)
+    s = reference_score_map(localizer.raw(*batch)[0].cpu().numpy(), part.size,
+                            report.protocol['preset'])
+    shown = Example(x, s, true, None, title)
     if report.boxes: shown.box = _box_at(s, report.boxes['coverage']['tau'])
     elif report.pixels: shown.true_mask, shown.tau = part.mask(r.row), report.pixels['dice']['tau']
     return shown

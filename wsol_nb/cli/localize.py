@@ -28,36 +28,48 @@ def _shape_of_map(width, height):
     return tuple(max(1, round(side/shrink)) for side in (width, height))
 
 # %% ../../nbs/9_tools/05_localize.ipynb #31416b8c
-def _look(run, img):
-    "(class index, its probability, map in [0,1]) of a PIL image."
-    from wsol_nb.data.geometry import apply_geometry, to_tensor
+def _map_or_box(loc, x, size):
+    "The map (h,w) in [0,1] of an image at a photo's `size`, or its box (4,) where it answers so."
+    from wsol_nb.localize.base import BoxLocalizer
     from wsol_nb.localize.maps import to_score_maps
+    if isinstance(loc, BoxLocalizer): return loc.boxes(x)[0]
+    raw, (w, h) = loc.raw(x), _shape_of_map(*size)
+    return to_score_maps(raw, (h, w), loc.preset)[0].cpu().numpy()
+
+def _look(run, img):
+    "(class index, its probability, map in [0,1] or box) of a PIL image."
+    from wsol_nb.data.geometry import apply_geometry, to_tensor
     loc, device = run.localizer(), next(run.model.parameters()).device
     x = to_tensor(apply_geometry(img, run.config['data']['size']))[None].to(device)
-    raw = loc.raw(x)
+    found = _map_or_box(loc, x, img.size)
     prob, c = loc.logits.softmax(1)[0].max(0)
-    w, h = _shape_of_map(*img.size)
-    return int(c), float(prob), to_score_maps(raw, (h, w), loc.preset)[0].cpu().numpy()
+    return int(c), float(prob), found
 
 # %% ../../nbs/9_tools/05_localize.ipynb #3bff938f
+def _in_photo(found, tau, size, side):
+    "The tight box in a photo of `size` (W,H), from a map or from a box on the square; or None."
+    import numpy as np
+    from wsol_nb.scoring.annotate import in_picture, map_box
+    if found.ndim == 1: box = in_picture(found.tolist(), (side, side), size)
+    else: box = map_box(found, tau, size)
+    return None if box is None else np.array(box)
+
 def localize_photo(
     run, # a `Run`
     photo, # image file
     tau:float=None, # map threshold; None: that of the run's validation boxes, else .2
 # photo, class_name, prob, box (in the photo's pixels; None where the map says nothing),
-# tau, tau_source, image, score_map
+# tau, tau_source, image, score_map (None where the net answers with a box)
 )->dict:
     "Class, probability and tight box of a photo, in its own pixels."
-    import numpy as np
     from wsol_nb.images import read_image
-    from wsol_nb.scoring.annotate import map_box
     tau, source = _threshold(run.config, tau)
     img = read_image(photo, exif=True)
-    c, prob, s = _look(run, img)
-    box = map_box(s, tau, img.size)
-    return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob,
-                box=None if box is None else np.array(box),
-                tau=tau, tau_source=source, image=img, score_map=s)
+    c, prob, found = _look(run, img)
+    box = _in_photo(found, tau, img.size, run.config['data']['size'])
+    if found.ndim == 1: found, source = None, 'not needed for a box'
+    return dict(photo=str(photo), class_name=run.config['class_names'][c], prob=prob, box=box,
+                tau=tau, tau_source=source, image=img, score_map=found)
 
 # %% ../../nbs/9_tools/05_localize.ipynb #fa7c8720
 def _files_of(name):
@@ -117,8 +129,9 @@ def _write_overlay(f):
     "Draw map and box of a photo over it; what stays is what is returned."
     from PIL import Image
     from wsol_nb.core import whole_file
-    from wsol_nb.show import BLUE, draw_boxes, overlay
-    shown = overlay(f.pop('image'), f.pop('score_map'))
+    from wsol_nb.show import BLUE, draw_boxes, overlay, to_rgb
+    image, s = f.pop('image'), f.pop('score_map')
+    shown = to_rgb(image) if s is None else overlay(image, s)
     if f['box'] is not None: shown = draw_boxes(shown, f['box'][None], BLUE)
     with whole_file(f['overlay']) as part: Image.fromarray(shown).save(part, 'JPEG', quality=92)
 

@@ -31,8 +31,9 @@ def _make_method(name, params, **given):
     takes = inspect.signature(cls).parameters
     own, typed = {k: v for k, v in given.items() if v is not None}, _parameters(params)
     for k in own:
+        what, such = ('boxes', 'psol') if k == 'boxes' else ('seeds', 'fcam')
         if k not in takes: raise ValueError(f'{k}: {cls.__name__} has no such choice; it is for '
-                                            'methods that train on seeds, such as fcam')
+                                            f'methods that train on {what}, such as {such}')
     for k in typed:
         if k not in takes: raise ValueError(f'params: {cls.__name__} has no {k!r}; '
                                             f'it has {", ".join(takes) or "none"}')
@@ -133,7 +134,7 @@ def _config(out, resume, given, overwrite=False):
     "The config of a new run, or of the one to resume."
     if resume: return _to_resume(out, given)
     if not overwrite: _refuse_over(out)
-    own = {k: given[k] for k in ('seeds', 'stage1')}
+    own = {k: given[k] for k in ('seeds', 'boxes', 'stage1')}
     return _new_config(_make_method(given['method'], given['params'], **own), given)
 
 # %% ../../nbs/9_tools/03_train.ipynb #5bde617d
@@ -152,7 +153,7 @@ def _fit(learn, train, out, resume):
 
 # %% ../../nbs/9_tools/03_train.ipynb #3ded3402
 _OF_A_RUN = ('config.json', 'history.csv', 'selection.json', 'checkpoint*.pt', '*.safetensors',
-             'report-*', 'images-*.csv', 'seeds/**/*.npy')
+             'report-*', 'images-*.csv', 'seeds/**/*.npy', 'boxes.json')
 
 def _clear(out):
     "Remove the files of a run from a folder, once, and nothing else."
@@ -190,7 +191,9 @@ def _train(out, resume, overwrite, given):
     return learn
 
 # %% ../../nbs/9_tools/03_train.ipynb #fa7bc9b2
-@command(shared=True, names={'method': 'method', 'seeds': 'localizer'}, examples=(
+_NAMES = {'method': 'method', 'seeds': 'localizer', 'boxes': 'localizer'}
+
+@command(shared=True, names=_NAMES, examples=(
     'wsol_train --data data --arch test_resnet --pretrained false --epochs 2 --out runs/cam',
     'wsol_train --method fcam --stage1 runs/cam --epochs 2 --out runs/fcam'))
 def wsol_train(
@@ -203,7 +206,10 @@ def wsol_train(
     # fcam, negev: localizer that seeds come from, e.g. gradcam; default the classifier's own
     # class maps
     seeds:str=None,
-    # fcam, negev: run folder of the trained classifier, whose data are the default
+    # psol: where its boxes come from: ddt (the default) or another localizer, a folder of score
+    # maps, or the boxes.json of another run
+    boxes:str=None,
+    # fcam, negev, psol: run folder of the trained classifier, whose data are the default
     stage1:str=None,
     # true (WSOL_WEIGHTS, then timm's hub; the default), false, or a state-dict file
     pretrained:str=None,

@@ -204,12 +204,13 @@ def wsol_model(
 
 # %% ../../nbs/2_training/02_model.ipynb #fcc655a9
 class _WithMaps(nn.Module):
-    "A model whose `forward` gives logits and maps, as an exporter wants it."
+    "A model whose `forward` gives logits and maps, or logits and boxes, as an exporter wants it."
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.boxed = model, hasattr(model, 'forward_boxes')
 
-    def forward(self, images): return self.model.forward_maps(images)
+    def forward(self, images):
+        return (self.model.forward_boxes if self.boxed else self.model.forward_maps)(images)
 
 def _trace(model, x):
     "The program of a model in evaluation, for any number of images like `x`."
@@ -219,18 +220,18 @@ def _trace(model, x):
 
 # %% ../../nbs/2_training/02_model.ipynb #2a7392e4
 def export_model(
-    model, # with `forward_maps`, e.g. from `wsol_model`
+    model, # with `forward_maps`, e.g. from `wsol_model`, or with `forward_boxes`
     file=None, # write this .onnx file; None: only return the program
     size=224, # side of the images, or (H,W)
-)->torch.export.ExportedProgram: # images (B,3,H,W) -> logits (B,C), maps (B,C,h,w)
-    "The model as a program or an ONNX file (needs onnx, onnxscript) that gives logits and maps."
+)->torch.export.ExportedProgram: # images (B,3,H,W) -> logits (B,C), maps (B,C,h,w) or boxes (B,4)
+    "The model as a program or an ONNX file (needs onnx, onnxscript): logits, and maps or boxes."
     h, w = (size, size) if isinstance(size, int) else size
     p = next(model.parameters())
     x = torch.zeros(2, 3, h, w, dtype=p.dtype, device=p.device)
-    program = _trace(model, x)
+    program, second = _trace(model, x), 'boxes' if hasattr(model, 'forward_boxes') else 'maps'
     if file is None: return program
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of the exporter's own deprecations
         torch.onnx.export(program, (x,), str(file), input_names=['images'],
-                          output_names=['logits', 'maps'], dynamo=True, verbose=False)
+                          output_names=['logits', second], dynamo=True, verbose=False)
     return program

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from ..localize.base import BoxLocalizer
 from ..scoring.loop import evaluate
 from fastai.callback.core import Callback
 from fastai.learner import Recorder, ValueMetric
@@ -24,9 +25,10 @@ _MASK_COLUMNS = dict(
     pxap=lambda r: r.pixels['pxap']['value'],
     dice=lambda r: r.pixels['dice']['value'])
 
-def _columns(truth):
+def _columns(truth, localizer=None):
     "Name -> how it is read from a report, for what a split has; it is said where that is nothing."
-    found = (_BOX_COLUMNS if truth.n_boxed else {}) | (_MASK_COLUMNS if truth.n_masked else {})
+    masks = truth.n_masked and not isinstance(localizer, BoxLocalizer) # a box has no pixels
+    found = (_BOX_COLUMNS if truth.n_boxed else {}) | (_MASK_COLUMNS if masks else {})
     if not found:
         print(f'no true boxes or masks in split {truth.split!r}: '
               'training without localization columns')
@@ -52,7 +54,7 @@ class LocalizationMetrics(Callback):
     def before_fit(self):
         self.run = not _only_scores(self.learn)
         if not self.run: return
-        self.columns = _columns(self.dls.localizable(self.split))
+        self.columns = _columns(self.dls.localizable(self.split), self.learn.localizer())
         self.run = bool(self.columns)
         if not self.run: return
         self.values = dict.fromkeys(self.columns, math.nan)
