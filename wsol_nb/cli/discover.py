@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['wsol_discover', 'wsol_learn_objects']
 
-# %% ../../nbs/9_tools/09_discover.ipynb #be1c2752
+# %% ../../nbs/9_tools/09_discover.ipynb #03738b69
 from pathlib import Path
 
 from .command import command
 
-# %% ../../nbs/9_tools/09_discover.ipynb #07f89922
+# %% ../../nbs/9_tools/09_discover.ipynb #4c99cc6e
 def _how(method, net, head, weights, layer):
     "What `discover` is told of the localizer."
     from wsol_nb.vit.patchhead import PatchHeadMaps, load_patch_head
@@ -20,14 +20,17 @@ def _how(method, net, head, weights, layer):
 
 def _write_sheet(found, out, n):
     "The contact sheet, whole or not at all."
+    import matplotlib.pyplot as plt
     from wsol_nb.core import whole_file
     if found.table.problem.isna().sum() == 0 or not n: return
     with whole_file(Path(out)/'sheet.jpg') as part:
-        found.sheet(n).savefig(part, format='jpeg', dpi=150)
+        figure = found.sheet(n)
+        figure.savefig(part, format='jpeg', dpi=150)
+        plt.close(figure)
 
 def _skipped(found): return len(found.skipped) > 0
 
-# %% ../../nbs/9_tools/09_discover.ipynb #c9aacb36
+# %% ../../nbs/9_tools/09_discover.ipynb #79c2f525
 @command(failed=_skipped, names={'method': 'localizer'}, examples=(
     'wsol_discover data/SYNTH/test --out found',
     'wsol_discover photos --method lost --out found'))
@@ -52,7 +55,7 @@ def wsol_discover(
     print(f'{found}; look at {Path(out)/"sheet.jpg"}' if sheet else found)
     return found
 
-# %% ../../nbs/9_tools/09_discover.ipynb #30d86808
+# %% ../../nbs/9_tools/09_discover.ipynb #307c9db8
 @command(examples=('wsol_learn_objects data/SYNTH/train --out head',))
 def wsol_learn_objects(
     photos:str, # a folder of photographs; no label is read
