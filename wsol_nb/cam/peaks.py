@@ -83,9 +83,9 @@ def _walks(class_map, at, image):
 # %% ../../nbs/3_cam/07_peaks.ipynb #3ac60ba9
 def _check_walkable(model):
     "Refuse nets that mix positions by attention, through which no rule walks back."
-    attends = [m for m in model.modules() if isinstance(m, TokenBody) or hasattr(m, 'num_heads')]
-    if attends:
-        kind = type(getattr(attends[0], 'net', attends[0])).__name__
+    body = getattr(model, 'body', model)
+    if any(isinstance(m, TokenBody) or hasattr(m, 'num_heads') for m in model.modules()):
+        kind = type(getattr(body, 'net', body)).__name__
         raise ValueError(f'model: {kind} mixes positions by attention; peak responses walk back '
                          'through convolutions; responses=False finds the peaks')
 
