@@ -11,12 +11,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 
 from ..core import expect
 from ..processes import rand_images
+from fastai.callback.core import Callback # after wsol_nb.core, see its end
 
 # %% ../../nbs/7_transformers/12_dino.ipynb #262302ef
 def dino_loss(
