@@ -1,4 +1,4 @@
-"Boxes that nobody drew: DDT in shards and against scikit-learn, a folder of photographs, PSOL by the command line."
+"Boxes that nobody drew: DDT in shards and against scikit-learn, a folder, PSOL by the command line."
 import json
 import resource
 
@@ -58,7 +58,7 @@ def test_the_sign_is_the_rules_and_not_the_solvers():
 
 
 def test_shards_in_any_order_and_in_constant_memory():
-    "10⁴ images' worth of descriptors: the same moments as in parts merged by a tree, and no memory that grows."
+    "10⁴ images' worth of descriptors: the same moments as merged parts have, and no memory that grows."
     def shard(i): return torch.randn(32, 24, 14, 14, generator=torch.Generator().manual_seed(i)) + 5
     def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # KiB
     whole, halves = Moments(), [Moments(), Moments()]

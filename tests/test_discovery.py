@@ -1,7 +1,8 @@
-"""LOST and TokenCut on transformers of many families, or a sentence that says why not; discover and the patch head.
+"""LOST and TokenCut on transformers of many families, or a sentence that says why not; discover and the
+patch head.
 
-The registry says who is asked: every localizer that stands on `KeyLocalizer`. Random weights make keys that are much
-alike, so they are centred.
+The registry says who is asked: every localizer that stands on `KeyLocalizer`. Random weights make keys
+that are much alike, so they are centred.
 """
 import sys
 
@@ -29,7 +30,8 @@ NETS = dict(
     beit_base_patch16_224=(224, 224, dict(depth=2)),
     vit_base_patch16_siglip_224=(64, 96, dict(depth=2, dynamic_img_size=True)))
 REFUSED = dict( # no attention, or none among all the patches of an image
-    resnet10t=(64, 96), convnext_atto=(64, 96), swin_tiny_patch4_window7_224=(224, 224), xcit_nano_12_p16_224=(64, 96),
+    resnet10t=(64, 96), convnext_atto=(64, 96), swin_tiny_patch4_window7_224=(224, 224),
+    xcit_nano_12_p16_224=(64, 96),
     pvt_v2_b0=(64, 96))
 ASKED = {n: c for n, e in entries('localizer').items() if 'tokens' in e.facts.get('needs', '')
          and issubclass(c := e.load(), KeyLocalizer)}

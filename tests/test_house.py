@@ -27,7 +27,7 @@ def settings():
 NOTEBOOKS = house.notebooks()
 MODULES = list(house.homes()) # in the order of chapters and numbers
 # training and what stands on it; core maths (metrics, localizers, nets, losses, seeds) is usable without it
-FASTAI = r'wsol_nb\.(data\.(dataset|idioms|loaders|shards)|train|methods|cli|dense\.(seeded|fcam|negev))\b'
+FASTAI = r'wsol_nb\.(data\.(dataset|idioms|loaders|shards)|train|methods|cli|dense\.(seeded|fcam|negev)|vit\.(dino|tscam|fusion))\b'
 WITH_FASTAI = {m for m in MODULES if re.match(FASTAI, m)}
 LONGEST = 300 # lines of a module
 
@@ -202,7 +202,7 @@ for n in sys.argv[1:]:
     except SystemExit: pass
 print([m for m in ('torch', 'fastai', 'numpy', 'pandas') if m in sys.modules])"""
     out = run(sys.executable, '-c', probe, *names, cwd=root).stdout
-    assert out.strip().endswith('[]') and all(f'usage: {n}' in out for n in names) and len(names) == 5
+    assert out.strip().endswith('[]') and all(f'usage: {n}' in out for n in names) and len(names) == 7
 
 
 def test_version():

@@ -1,4 +1,5 @@
-"""The contract of localizers that read tokens, on small transformers; attention against timm's own, torch-cam.
+"""The contract of localizers that read tokens, on small transformers; attention against timm's own, torch-
+cam.
 
 Every registered localizer that needs tokens is asked, so that a new one is asked without an edit here; the
 tables hold what is special. The nets have random weights; test_conformance.py asks the same of CNNs.
@@ -91,7 +92,7 @@ def test_targets(loc):
     same(none, loc.raw(x, loc.logits.argmax(1)), 0)
     same(loc.raw(x, 2), loc.raw(x, [2, 2, 2]), 0)
     differs = not torch.equal(loc.raw(x, 0), loc.raw(x, 1))
-    assert differs == (type(loc).__name__ in GRADIENTS), 'what needs gradients is of a class, and nothing else'
+    assert differs == (type(loc).__name__ in GRADIENTS), 'what needs gradients is of a class'
     several, two = loc.raw(x, [[0, 1], [2, 3], [4, 0]]), loc.raw(x, 2)
     assert several.shape[:2] == (3, 2)
     size = two.abs().max()
@@ -117,7 +118,7 @@ def test_state_untouched(loc):
 
 @one_net
 def test_state_untouched_when_it_raises(name):
-    "In the middle of a layer that was read before, by a target that does not exist, or by a net of another kind."
+    "In the middle of a layer that was read before, by a target that does not exist, by another net."
     net = copy.deepcopy(shared('ViT'))
     loc = made(name, net)
     loc(images())
@@ -149,7 +150,8 @@ def test_frozen_no_grad_and_again(loc):
 def test_create_graph(loc):
     x = images()
     if type(loc).__name__ == 'TokenCut':
-        with pytest.raises(ValueError, match='nothing of its maps is differentiable'): loc(x, 1, create_graph=True)
+        with pytest.raises(ValueError, match='nothing of its maps is differentiable'):
+            loc(x, 1, create_graph=True)
         return
     with torch.no_grad(): maps = loc(x, 1, create_graph=True)
     assert maps.requires_grad
@@ -201,7 +203,8 @@ def test_no_attention_is_said():
     for arch, size, why in (('swin_tiny_patch4_window7_224', 224, 'within windows'),
                             ('xcit_nano_12_p16_224', 64, 'channels attend to channels'),
                             ('pvt_v2_b0', 64, 'reduced'), ('mixer_s32_224', 224, 'has no attention'),
-                            ('crossvit_tiny_240', 240, 'two grids'), ('coat_lite_tiny', 224, 'linear attention')):
+                            ('crossvit_tiny_240', 240, 'two grids'),
+                            ('coat_lite_tiny', 224, 'linear attention')):
         net = timm.create_model(arch, num_classes=5)
         with pytest.raises(ValueError, match=why): Rollout(net)(torch.rand(1, 3, size, size))
     wee = timm.create_model('vit_wee_patch16_reg1_gap_256', num_classes=5, depth=1, img_size=64)
@@ -280,7 +283,8 @@ def test_uniform_and_permuted():
 def test_rollout_at_scale_keeps_no_matrix():
     "Of 1024 tokens no more rows are made at a time than 256."
     from wsol_nb.vit.rows import Attended
-    net = timm.create_model('vit_tiny_patch16_224', img_size=128, patch_size=4, depth=2, embed_dim=12, num_classes=5)
+    small = dict(img_size=128, patch_size=4, depth=2, embed_dim=12, num_classes=5)
+    net = timm.create_model('vit_tiny_patch16_224', **small)
     plain, most = Attended.rows, []
     def count(self, at=slice(None)):
         most.append(plain(self, at).shape[2])
@@ -343,4 +347,5 @@ def test_support_of_families():
     for family in CHEAP:
         for what in CHECKS:
             verdict, reason = cell(what, family, *lively(*made(family)))
-            assert verdict == table[family, what] and verdict in ('right', 'refused'), f'{family}, {what}: {reason}'
+            said = f'{family}, {what}: {reason}'
+            assert verdict == table[family, what] and verdict in ('right', 'refused'), said

@@ -3,9 +3,10 @@
     python tools/attention_support.py [--families ViT Swin …] [--what attention ClassAttention …]
 
 The attention half of tools/token_support.py: the same nets, verdicts, columns and table
-(nbs/results/token_support.csv). `right` was checked against the attention that the net's own modules show when
-they are written out (`fused_attn = False` and a hook where attention is dropped), where they can be, and against
-the formulas in full matrices; `refused` where a ValueError names what is in the way; `wrong` else.
+(nbs/results/token_support.csv). `right` was checked against the attention that the net's own modules show
+when they are written out (`fused_attn = False` and a hook where attention is dropped), where they can be,
+and against the formulas in full matrices; `refused` where a ValueError names what is in the way; `wrong`
+else.
 """
 import argparse
 import warnings
@@ -76,7 +77,8 @@ def in_place(net, x, layout):
         a, b = (read_attention(net, i, AllRows(0), layout=layout).taken[0][0] for i in (plain, changed))
     d = layout.on_grid((a - b).abs().sum((1, 2)))[0]
     row, column = divmod(int(d.argmax()), d.shape[1])
-    check(row < d.shape[0]/2 and column >= (d.shape[1] - 1)/2, f'a change of the upper right is at {row, column}')
+    there = row < d.shape[0]/2 and column >= (d.shape[1] - 1)/2
+    check(there, f'a change of the upper right is at {row, column}')
 
 
 def same(a, b, said, tol=1e-4): check((a - b).abs().max() <= tol*b.abs().max().clamp(min=1e-9), said)
@@ -144,7 +146,8 @@ def attention_gradient(family, net, x):
     if all(l.name in shown for l in layout.layers):
         def of(layer, call, P):
             A = shown[layer.name]
-            return whole((A*A.grad).relu().mean(1).detach(), layer, P)[0], torch.eye(P + layout.grid[0]*layout.grid[1])
+            n = P + layout.grid[0]*layout.grid[1]
+            return whole((A*A.grad).relu().mean(1).detach(), layer, P)[0], torch.eye(n)
         if not any(l.alone and not l.prefix for l in layout.layers):
             same(raw, by_matrices(net, x, of), 'not the product of the matrices', 1e-3)
     return f'{raw.shape[1]}×{raw.shape[2]}'
@@ -153,7 +156,8 @@ def attention_gradient(family, net, x):
 def legrad(family, net, x):
     loc = LeGrad(net)
     raw = agrees(loc, x, free=False)
-    with torch.no_grad(): same(loc.logits, LeGrad(net).door(net, x[1:] if len(loc.logits) == 1 else x), 'other logits')
+    asked = x[1:] if len(loc.logits) == 1 else x
+    with torch.no_grad(): same(loc.logits, LeGrad(net).door(net, asked), 'other logits')
     last, layout = LeGrad(net, -1).raw(x, 1), learn_attention(net, x)
     name = layers_of(layout, 'patches')[-1].name
     with written_out(net) as shown: score = net(x)[:, 1].sum()
@@ -164,7 +168,7 @@ def legrad(family, net, x):
 
 
 def lively(net, x):
-    "The net with BatchNorms that have seen the images, without which little of an untrained one reaches its end."
+    "The net with BatchNorms that have seen the images: else little of an untrained one reaches its end."
     norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for m in norms:
         m.momentum = 1.

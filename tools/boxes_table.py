@@ -11,7 +11,8 @@ chosen on the test split. CorLoc is at τ = 0, DDT's own threshold.
 """
 import time
 
-from plans import CUB, ONE_EPOCH, check_names, command, end, has_row, mean_std, on_test, parsed, parser, row_of, \
+from plans import CUB, ONE_EPOCH, check_names, command, end, has_row, mean_std, on_test, parsed, parser, \
+    row_of, \
     second_stage, trained
 
 from wsol_nb.localize.base import find_localizer

@@ -3,9 +3,10 @@
     python tools/dino_world.py FOLDER [--epochs 60] [--out CSV]
 
 FOLDER holds the world and the state after each epoch, from which an interrupted command goes on. Rows of
-nbs/results/dino_world.csv: `epoch` with loss, entropy of the teacher's outputs and how far they differ between
-images; `map` with MaxBoxAcc on the test split, thresholds (and a head) chosen on val, of the class token's
-attention in the teacher, in the same net untrained, and of the centre box. About five minutes on two cores.
+nbs/results/dino_world.csv: `epoch` with loss, entropy of the teacher's outputs and how far they differ
+between images; `map` with MaxBoxAcc on the test split, thresholds (and a head) chosen on val, of the
+class token's attention in the teacher, in the same net untrained, and of the centre box. About five
+minutes on two cores.
 """
 import argparse
 from pathlib import Path
@@ -77,7 +78,7 @@ def resume(file, learn, distil):
 
 
 def spread(teacher, center, x):
-    "Mean entropy of the teacher's outputs, and that of their mean: equal where all images are given the same."
+    "Mean entropy of the teacher's outputs, and that of their mean: equal where all are given the same."
     with torch.no_grad(): q = ((teacher([x[:, :, 16:80, 16:80]])[0] - center)/.04).softmax(-1)
     h = lambda p: float(-(p*p.clamp(min=1e-9).log()).sum(-1).mean())
     return dict(entropy=round(h(q), 3), entropy_of_mean=round(h(q.mean(0)), 3))

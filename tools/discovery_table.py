@@ -5,13 +5,13 @@
     python tools/discovery_table.py times [--out CSV]
     python tools/discovery_table.py head --head FOLDER --trained-on NAME [--out CSV]
 
-`keys`: for each layer of the shared ViT-Tiny, keys as they are and centred, what LOST's degrees and TokenCut's
-peaks are like, how often the methods' own boxes hit (IoU .5), and MaxBoxAcc(.5) of the maps: on 200 pictures of
-the synthetic world, or on CUB's val split. `rules`: from map to box on CUB's val and test splits, VOC pictures and
-DAVIS frames with masks (WSOL_DATA), Otsu against the methods' own rules. `times`: processor time of an image of
-14×14 patches on one thread, what comes on top of the forward pass and as a share of it, in turns. `head`: TokenCut
-and a head of `wsol_learn_objects` on the same data; nothing is chosen on test. A row that is there is not computed
-again.
+`keys`: for each layer of the shared ViT-Tiny, keys as they are and centred, what LOST's degrees and
+TokenCut's peaks are like, how often the methods' own boxes hit (IoU .5), and MaxBoxAcc(.5) of the maps:
+on 200 pictures of the synthetic world, or on CUB's val split. `rules`: from map to box on CUB's val and
+test splits, VOC pictures and DAVIS frames with masks (WSOL_DATA), Otsu against the methods' own rules.
+`times`: processor time of an image of 14×14 patches on one thread, what comes on top of the forward pass
+and as a share of it, in turns. `head`: TokenCut and a head of `wsol_learn_objects` on the same data;
+nothing is chosen on test. A row that is there is not computed again.
 """
 import argparse
 import math
@@ -99,7 +99,8 @@ def of_cut(keys, grid, boxes, centre):
     shown = keys - keys.mean(1, keepdim=True)*centre
     joined = [(patch_graph(k) > .5).double().mean().item() for k in shown.split(20)]
     return dict(cut_edges=np.mean(joined), cut_peak_on_rim=rim.ravel()[at].mean(),
-                cut_piece_of_peak=np.mean([p.mean() for p in pieces]), cut_mask=cut.mask.float().mean().item(),
+                cut_piece_of_peak=np.mean([p.mean() for p in pieces]),
+                cut_mask=cut.mask.float().mean().item(),
                 cut_own_box=hits(own, boxes), cut_largest_piece=hits(big, boxes),
                 cut_soft=max_box_acc(cut.y.float().unflatten(1, grid), boxes),
                 cut_soft_v=max_box_acc(cut.v.float().unflatten(1, grid), boxes))
@@ -165,14 +166,19 @@ def overlap(found, mask):
     return (found & inside & counts).sum()/((found | inside) & counts).sum()
 
 
-def scaled(m): return ((m - m.min())/(m.max() - m.min())).float().numpy() if m.max() > m.min() else m.float().numpy()*0
+def scaled(m):
+    "A map from 0 to 1; zeros where it is constant."
+    span = (m.max() - m.min()).clamp_min(1e-12)
+    return ((m - m.min())/span).float().numpy()
 
 
 def row_of_rule(objects, boxes, masks):
     "Hits at three IoUs, mean IoU of masks, and how the score goes with the IoU."
     iou = np.array([0. if o.box is None else box_iou([o.box], t).max() for o, t in zip(objects, boxes)])
     row = {f'box_{d}': round(100*float((iou >= d).mean()), 1) for d in (.3, .5, .7)}
-    if masks: row['mask_iou'] = round(100*float(np.mean([overlap(o.mask, m) for o, m in zip(objects, masks)])), 1)
+    if masks:
+        each = [overlap(o.mask, m) for o, m in zip(objects, masks)]
+        row['mask_iou'] = round(100*float(np.mean(each)), 1)
     scores = pd.Series([o.score for o in objects])
     return row | dict(score_to_iou=round(float(scores.corr(pd.Series(iou), method='spearman')), 2))
 
@@ -270,7 +276,7 @@ def head_table(rows, folder, trained_on):
             row = dict(trained_on=trained_on, data=name, images=len(x), map=what) | accs(maps, boxes, preset)
             objects = [find_object(scaled(m) if what != 'head' else m.numpy(), (SIZE, SIZE)) for m in maps]
             row |= {f'otsu_{k}': v for k, v in row_of_rule(objects, boxes, masks).items()}
-            row |= dict(epochs=len(how['losses']), last_loss=round(how['losses'][-1], 4)) if what == 'head' else {}
+            if what == 'head': row |= dict(epochs=len(how['losses']), last_loss=round(how['losses'][-1], 4))
             rows.add([row | source])
             print(row, flush=True)
 
@@ -279,7 +285,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('what', choices=('keys', 'rules', 'times', 'head'))
     p.add_argument('--data', choices=('SYNTH', 'CUB'), default='SYNTH')
-    p.add_argument('--out', type=Path, metavar='CSV', help='table; rows that are in it are not computed again')
+    p.add_argument('--out', type=Path, metavar='CSV',
+                   help='table; rows that are in it are not computed again')
     p.add_argument('--head', help='folder of a trained head')
     p.add_argument('--trained-on', help='what it was trained on, for the table')
     a = p.parse_args()

@@ -8,8 +8,8 @@ ViT-Tiny's heads, which was trained on ImageNet with labels: no self-supervised 
 and test are appended as runs finish, so an interrupted table goes on; the last epoch is scored, and nothing
 is chosen on test.
 """
-from plans import (CUB, MOBILENET, ONE_EPOCH, check_names, command, cost, end, has_row, mean_std, on_test, parsed,
-                    parser, row_of, second_stage, trained)
+from plans import (CUB, MOBILENET, ONE_EPOCH, check_names, command, cost, end, has_row, mean_std, on_test,
+                    parsed, parser, row_of, second_stage, trained)
 
 from wsol_nb.results import Rows
 from wsol_nb.scoring.loop import evaluate
@@ -21,7 +21,8 @@ from wsol_nb.vit.tscam import TSCAM
 VIT = 'vit_tiny_patch16_224'
 TOKENS = merged(MOBILENET, dict(arch=VIT, stride=None, data=dict(dataset='CUB', bs=25),
                                 train=dict(opt='adamw', wd=.05, epochs=5, lr=5e-5, lr_head=1e-3)))
-PARTS = {'A* × S': 'signed', 'A* × relu S': 'relu', 'A* × minmax S': 'minmax', 'S': 'semantic', 'A*': 'attention'}
+PARTS = {'A* × S': 'signed', 'A* × relu S': 'relu', 'A* × minmax S': 'minmax', 'S': 'semantic',
+         'A*': 'attention'}
 NUMBERS = {f'n={n}': dict(n=n) for n in (1, 2, 5, 100)}
 AREAS = {f'min_area={a:g}': dict(min_area=a) for a in (.05, .3, .5, .75)}
 LOSSES = {'no gate': dict(cls=0.), 'no CRF': dict(crf=0.), 'seeds alone': dict(cls=0., crf=0.)}

@@ -2,11 +2,11 @@
 
     python tools/vit_table.py [ROW ...] [--split val|test] [--out CSV]
 
-The net is the supervised ViT-Tiny of WSOL_WEIGHTS, which has seen ImageNet and no bird of CUB. A row is a map:
-MaxBoxAcc at δ .3, .5, .7 and V2, each at the threshold that is best on the scored split ("oracle") and at the one
-that is best on val; milliseconds an image. Without names all ROWS are measured; rows that are in the table
-are left out, so that an interrupted command goes on where it was. Where something is chosen (a head), it is
-chosen on val.
+The net is the supervised ViT-Tiny of WSOL_WEIGHTS, which has seen ImageNet and no bird of CUB. A row is a
+map: MaxBoxAcc at δ .3, .5, .7 and V2, each at the threshold that is best on the scored split ("oracle")
+and at the one that is best on val; milliseconds an image. Without names all ROWS are measured; rows that
+are in the table are left out, so that an interrupted command goes on where it was. Where something is
+chosen (a head), it is chosen on val.
 """
 import argparse
 import time
@@ -179,7 +179,8 @@ def figures(own, from_val):
     for name, at in (('oracle', own.argmax(-1)), ('val', from_val.argmax(-1))):
         values = np.take_along_axis(own, at[..., None], -1)[..., 0] # 2,D
         row |= {f'max_box_acc_{d} ({name})': round(float(v), 2) for d, v in zip(DELTAS, values[0])}
-        row |= {f'v2 ({name})': round(float(values[1].mean()), 2), f'tau_.5 ({name})': round(float(TAUS[at[0, 1]]), 3)}
+        row |= {f'v2 ({name})': round(float(values[1].mean()), 2),
+                f'tau_.5 ({name})': round(float(TAUS[at[0, 1]]), 3)}
     return row
 
 

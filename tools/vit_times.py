@@ -2,10 +2,10 @@
 
     python tools/vit_times.py [--repeat 15] [--out CSV]
 
-A ViT-Tiny/16 at 224, one image, one thread: processor time of each reader and localizer, each made in turn with a
-plain pass before it, so that both meet the same machine; the median of the ratios. Then the memory of rollout at
-4096 tokens (1024×1024): what a call needs at its highest above what a plain pass does, in a process of its own. Rows
-replace those of nbs/results/vit_times.csv.
+A ViT-Tiny/16 at 224, one image, one thread: processor time of each reader and localizer, each made in
+turn with a plain pass before it, so that both meet the same machine; the median of the ratios. Then the
+memory of rollout at 4096 tokens (1024×1024): what a call needs at its highest above what a plain pass
+does, in a process of its own. Rows replace those of nbs/results/vit_times.csv.
 """
 import argparse
 import statistics
@@ -44,7 +44,8 @@ def what(net, x):
     door = Door()
     layout = learn_attention(net, x, door)
     def read(*takers): return lambda: read_attention(net, x, *takers, layout=layout, ask=door)
-    made = dict(ClassAttention=ClassAttention(net), Rollout=Rollout(net), AttentionGradient=AttentionGradient(net),
+    made = dict(ClassAttention=ClassAttention(net), Rollout=Rollout(net),
+                AttentionGradient=AttentionGradient(net),
                 LeGrad=LeGrad(net))
     taken = {'class rows, last 4': read(ClassRows('last 4')), 'class rows, all': read(ClassRows()),
              'keys of a layer': read(Projected(8)), 'patch mean, layers 5-11': read(PatchMean(range(5, 12))),
