@@ -2,10 +2,10 @@
 
     python tools/token_support.py [--families ViT Swin …] [--what adapter GradCAM …]
 
-Nets have random weights and few blocks. A cell is `right` where what it gives was checked against hooks
-and formulas of its own, `refused` where a ValueError or TypeError names what is in the way, and `wrong`
-else. Rows go to nbs/results/token_support.csv (family, arch, what, verdict, reason); a family that is
-there already is left out, and replaced where it is named.
+Nets have random weights and few blocks. A cell is `right` where what it gives was checked against hooks and
+formulas of its own, `refused` where a ValueError or TypeError names what is in the way, else `wrong`. Rows
+go to nbs/results/token_support.csv (family, arch, what, verdict, reason); a family that is there already is
+left out, and replaced where it is named.
 """
 import argparse
 import warnings
@@ -118,7 +118,7 @@ def as_rows(t, grid):
 
 
 def adapter(family, net, x):
-    "The layout, checked: timm's own map is among the outputs, and a changed square is in its place."
+    "The layout: timm's own map is found among the outputs, and a changed quarter is seen in its place."
     layout = learn_tokens(net, x)
     last, stages = net.forward_intermediates(x) # maps by timm
     check(tuple(stages[-1].shape[2:]) == layout.grid, f'grid {layout.grid}')
@@ -160,7 +160,7 @@ def seen_in_place(net, x):
     own = torch.stack(changes)
     own = own/own.mean((1, 2), keepdim=True) # how much a quarter changes in all does not matter
     own = own - own.mean(0)
-    if own.abs().max() < 1e-4:
+    if own.abs().max() < 1e-4: \
         return '; with random weights all positions are alike: the order is as timm says'
     for d, q in zip(own, quarters(own)):
         check(d[q].mean() > d.mean() + 1e-6, 'a change is not seen in its place')
@@ -168,7 +168,7 @@ def seen_in_place(net, x):
 
 
 def localizer(family, net, x, name):
-    "A localizer's raw maps: of the grid, the same in another batch, and what the formula says."
+    "A localizer's raw maps: of the grid, the same in another batch, what the formula says of our own hooks."
     cls = localizers()[name]
     loc = cls(net, **SETTINGS.get(name, {}))
     every = loc.raw(x, [list(range(5))]*2)
@@ -197,8 +197,8 @@ def trunk(family, net, x):
     model = wsol_model(arch, 5, verbose=False)
     x = x if FAMILIES[family][2] else torch.rand(2, 3, *net.pretrained_cfg['input_size'][1:])
     logits, maps = model.eval().forward_maps(x)
-    mean = logits.shape == (2, 5) and torch.allclose(maps.mean((2, 3)), logits, atol=1e-4)
-    check(mean, 'no mean of its maps')
+    mean = torch.allclose(maps.mean((2, 3)), logits, atol=1e-4)
+    check(logits.shape == (2, 5) and mean, 'no mean of its maps')
     logits.sum().backward()
     check(all(p.grad is not None for p in model.parameters()), 'a weight without a gradient')
     off = GradCAM(model).raw(x, 1)*maps[0, 0].numel() - (maps[:, 1] - model.head.classifier.bias[1]).relu()
