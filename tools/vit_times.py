@@ -8,6 +8,8 @@ plain pass before it, so that both meet the same machine; the median of the rati
 replace those of nbs/results/vit_times.csv.
 """
 import argparse
+import ctypes
+import gc
 import statistics
 import subprocess
 import sys
@@ -76,6 +78,8 @@ def peak(name):
     with torch.no_grad():
         loc = makers[name](net)
         loc(x) # learns the net
+        gc.collect()
+        ctypes.CDLL('libc.so.6').malloc_trim(0) # what is free goes back to the system
         Path('/proc/self/clear_refs').write_text('5') # the highest so far is forgotten
         before = status('VmRSS')
         loc(x)
