@@ -230,7 +230,7 @@ def test_tokens_as_with_reshape_transform(name, peer, ours):
 
 
 def test_gradcam_plus_plus_behind_a_layer_norm():
-    "α = G²/(2G² + SG³) is a share where S ≥ 0; behind a norm S is not, and the peer keeps what is none."
+    "α = G²/(2G² + SG³) is a share for S ≥ 0; behind a norm it is not, and the peer keeps what is none."
     big = Scaled(token_net('vit'))
     loc = GradCAMPlusPlus(big)
     c = best_classes(loc)

@@ -194,7 +194,7 @@ def test_decoder_on_any_net(arch, stride):
 
 def test_not_a_wsol_model():
     net = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.raises(TypeError, match='expected a WSOLModel on a timm CNN'): FullModel(net)
+    with pytest.raises(TypeError, match='expected a WSOLModel on a timm net'): FullModel(net)
 
 
 def test_what_does_not_fit_is_said(dls, stage1, tmp_path):

@@ -15,7 +15,7 @@ DOOR = ['WSOLDataLoaders', 'wsol_learner', 'evaluate', 'Method', 'Localizer', 'H
         'check_manifest', 'read_metadata', 'folder_manifest', 'write_world', 'score_maps',
         'write_maps', 'localize_all', 'wsol_model', 'load_body', 'sample_seeds', 'peak_responses',
         'level_boxes', 'map_boxes', 'contact_sheet', 'write_report', 'set_seed', 'sgd', 'adam',
-        'adamw', 'fit_run', 'run_grid', 'read_results']
+        'adamw', 'fit_run', 'run_grid', 'read_results', 'dice_volumes', 'hd95']
 
 
 def kinds():

@@ -100,9 +100,9 @@ def token_place(model, x, ask):
 
 def _refusal(tokens):
     shapes = ' and '.join(str(s.shape) for s in tokens.steps)
-    return (f'layer=None: {tokens.layout.family} has tokens of the kind {tokens.layout.kind!r}; the '
-            f'classifier reads {tokens.name()} {shapes}, and no module before it gives patches of '
-            'one grid that all of it went through; name a layer, with layout= a function that '
+    return (f'layer=None: {tokens.layout.family} has tokens of the kind {tokens.layout.kind!r}; '
+            f'the classifier reads {tokens.name()} {shapes}, and no module before it gives patches '
+            'of one grid that all of it went through; name a layer, with layout= a function that '
             'makes maps of its output')
 
 # %% ../../nbs/3_cam/01_patches.ipynb #6cb7a7a3

@@ -83,10 +83,11 @@ def _walks(class_map, at, image):
 # %% ../../nbs/3_cam/07_peaks.ipynb #3ac60ba9
 def _check_walkable(model):
     "Refuse nets that mix positions by attention, through which no rule walks back."
-    trunk = next((m for m in model.modules() if isinstance(m, TokenBody)), None)
-    if trunk is not None:
-        raise ValueError(f'model: {type(trunk.net).__name__} mixes positions by attention; peak '
-                         'responses walk back through convolutions; responses=False finds the peaks')
+    body = getattr(model, 'body', model)
+    if any(isinstance(m, TokenBody) or hasattr(m, 'num_heads') for m in model.modules()):
+        kind = type(getattr(body, 'net', body)).__name__
+        raise ValueError(f'model: {kind} mixes positions by attention; peak responses walk back '
+                         'through convolutions; responses=False finds the peaks')
 
 # %% ../../nbs/3_cam/07_peaks.ipynb #b0e16c79
 def peak_responses(

@@ -305,8 +305,7 @@ class AblationCAM(ChannelLocalizer):
             for i, ks in self.jobs(self.chosen_alive(A)):
                 if at != i: # the first channels of another image
                     at, one = i, [t[i:i + 1] for t in (x, A, logits)]
-                    out = self.out[i:i + 1].to(A.dtype)
-                    tail = _Tail(model, self.at, *one, self.door, out)
+                    tail = _Tail(model, self.at, *one, self.door, self.out[i:i + 1].to(A.dtype))
                     whole = _scores_of(target, logits, i, tail(one[1].clone()))[0] # t
                 fall = whole - _scores_of(target, logits, i, tail(_silenced(A[i], ks))) # k,t
                 w[i, :, ks] = (fall/whole.abs().clamp(min=1e-30)).T

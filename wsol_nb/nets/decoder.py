@@ -93,7 +93,7 @@ def _choose_taps(classifier, side=64):
     with model_intact(classifier), torch.no_grad(): _, taps = classifier.intermediates(x)
     new = lambda i: i == 0 or taps[i] is not taps[i - 1]
     kept = [i for i, t in enumerate(taps) if t.shape[-1] < size[-1] and new(i)]
-    one_stride = trunk and len({tuple(t.shape[2:]) for t in taps}) == 1
+    one_stride = len(kept) > 1 and len({tuple(taps[i].shape[2:]) for i in kept}) == 1
     return [] if one_stride else kept, [taps[i].shape[1] for i in kept]
 
 # %% ../../nbs/2_training/04_decoder.ipynb #9086f74f

@@ -137,8 +137,8 @@ def _linear(net, x):
 def _kept_head(arch, state, body):
     "The classifier of a net's weights as a `Head`."
     if isinstance(body, Trunk):
-        raise ValueError(f"head='keep': {arch} is a transformer, whose classifier is not one linear "
-                         "layer on averaged features; GradCAM explains timm's own model")
+        raise ValueError(f"head='keep': {arch} is a transformer, whose classifier is not one "
+                         "linear layer on averaged features; GradCAM explains timm's own model")
     classifier = body.default_cfg['classifier']
     n = len(state[f'{classifier}.weight'])
     net = timm.create_model(arch, num_classes=n).eval()
