@@ -31,6 +31,7 @@ from wsol_nb.train.learner import wsol_learner
 from wsol_nb.train.method import GAP, adam
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
+import timm # after wsol_nb.core, see its end
 
 OUT = Path(__file__).resolve().parent.parent/'nbs/results/host_copies.csv'
 CALLS = dict(n=2, steps=2, of=GradCAM, channels=8, bs=4) # cheap settings of a localizer, where it has them
@@ -98,8 +99,13 @@ def training(name, dls, path, **fields):
 
 # localizers
 
+def small_vit(n_classes=5):
+    return timm.create_model('vit_tiny_patch16_224', num_classes=n_classes, depth=2, dynamic_img_size=True)
+
+
 def small_net(needs='class maps', n_classes=5):
     torch.manual_seed(1)
+    if 'tokens' in needs: return small_vit(n_classes)
     model = wsol_model('resnet10t', n_classes, stride=16, verbose=False)
     torch.nn.init.uniform_(model.head.classifier.weight, -.25, .5)
     return FullModel(model, frozen=False) if needs == 'a decoder' else model
