@@ -41,7 +41,9 @@ A_LOOK_AN_IMAGE = {'AblationCAM'} # each image's net runs from a layer on: does 
 NUMBERS = dict( # do not run on meta
     CAM='compares logits with those of each linear layer',
     ExcitationBackprop='refuses negative features', ScoreCAM='asks only about channels that vary',
-    LOST='learns from numbers where tokens stand', TokenCut='as LOST', PatchHeadMaps='as LOST',
+    ClassAttention='learns from numbers where tokens stand', Rollout='as ClassAttention',
+    AttentionGradient='as ClassAttention', LeGrad='as ClassAttention', AffinityMaps='as ClassAttention',
+    LOST='as ClassAttention', TokenCut='as ClassAttention', PatchHeadMaps='as ClassAttention',
     SSCAM='as ScoreCAM', ISCAM='as ScoreCAM', AblationCAM='asks only about channels that live')
 
 

@@ -5,8 +5,9 @@
 FOLDER holds the world and the state after each epoch, from which an interrupted command goes on. Rows of
 nbs/results/dino_world.csv: `epoch` with loss, entropy of the teacher's outputs and how far they differ
 between images; `map` with MaxBoxAcc on the test split, thresholds (and a head) chosen on val, of the
-class token's attention in the teacher, in the same net untrained, and of the centre box. About five
-minutes on two cores.
+class token's attention in the teacher, in the same net untrained, and of the centre box.
+dino_world_heads.csv has the last heads of the teacher on four test images. About five minutes on two
+cores.
 """
 import argparse
 from pathlib import Path
@@ -122,6 +123,15 @@ def rows_of_maps(dls, nets):
             yield dict(map=f'{name}, {layer}, mean') | of(measured(dls, ClassAttention(net, layer)), None)
 
 
+def rows_of_heads(dls, net, n=4):
+    "The teacher's last heads on the first images of the test split, a row of a map each."
+    x = next(iter(dls.localizable('test'))).x[:n]
+    for i, maps in enumerate(ClassAttention(net, -1, heads='all').raw(x)):
+        for head, one in enumerate(maps):
+            for y, line in enumerate(one):
+                yield dict(image=i, head=head, y=y) | {f'x{j}': round(float(v), 5) for j, v in enumerate(line)}
+
+
 def of(overlaps, head): return figures(*(curves(o, None, head or 0) for o in overlaps))
 
 
@@ -137,7 +147,9 @@ def main():
     teacher = train(a.folder, a.epochs, dls, rows, source)
     for row in rows_of_maps(dls, dict(trained=teacher.net, untrained=made().net.eval())):
         rows.add([dict(kind='map') | row | source], kind='map', map=row['map'])
-        print({k: v for k, v in row.items()}, flush=True)
+        print(row, flush=True)
+    heads = Rows(a.out.with_name(f'{a.out.stem}_heads.csv'))
+    if not heads.read(): heads.add(list(rows_of_heads(dls, teacher.net)))
 
 
 if __name__ == '__main__': main()

@@ -8,6 +8,8 @@ memory of rollout at 4096 tokens (1024×1024): what a call needs at its highest 
 does, in a process of its own. Rows replace those of nbs/results/vit_times.csv.
 """
 import argparse
+import ctypes
+import gc
 import statistics
 import subprocess
 import sys
@@ -77,6 +79,8 @@ def peak(name):
     with torch.no_grad():
         loc = makers[name](net)
         loc(x) # learns the net
+        gc.collect()
+        ctypes.CDLL('libc.so.6').malloc_trim(0) # what is free goes back to the system
         Path('/proc/self/clear_refs').write_text('5') # the highest so far is forgotten
         before = status('VmRSS')
         loc(x)

@@ -57,7 +57,8 @@ class RowNorm:
         A = fuse_heads(rows, self.heads)
         if self.discard: A = _without_smallest(A, self.discard)
         if self.residual and at is not None:
-            A = A + torch.eye(A.shape[2], device=A.device, dtype=A.dtype)[at]
+            key = torch.arange(A.shape[2], device=A.device)
+            A = A + (key[at, None] == key)
         return A/A.sum(-1, keepdim=True).clamp(min=1e-30) if self.norm else A
 
 def _without_smallest(A, share):
