@@ -129,7 +129,8 @@ def rows_of_heads(dls, net, n=4):
     for i, maps in enumerate(ClassAttention(net, -1, heads='all').raw(x)):
         for head, one in enumerate(maps):
             for y, line in enumerate(one):
-                yield dict(image=i, head=head, y=y) | {f'x{j}': round(float(v), 5) for j, v in enumerate(line)}
+                values = {f'x{j}': round(float(v), 5) for j, v in enumerate(line)}
+                yield dict(image=i, head=head, y=y) | values
 
 
 def of(overlaps, head): return figures(*(curves(o, None, head or 0) for o in overlaps))

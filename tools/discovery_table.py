@@ -242,8 +242,8 @@ def times_table(rows):
              'TokenCut': lambda: token_cut(keys), 'LOST': lambda: lost(low),
              'own box of TokenCut': lambda: boxes(cut.mask, cut.peak),
              'own box of LOST': lambda: boxes(seen.mask, seen.seed),
-             'object of a map, photo of 640×480': lambda: find_object(scaled(cut.v.unflatten(1, layout.grid)[0]),
-                                                                      (640, 480))}
+             'object of a map, photo of 640×480': lambda: find_object(
+                 scaled(cut.v.unflatten(1, layout.grid)[0]), (640, 480))}
     found, source = median_ms(calls), origin('python tools/discovery_table.py times')
     source['hardware'] += ', 1 thread, processor time'
     rows.add([dict(what=n, ms=round(ms, 2), share_of_pass=round(ms/found['forward pass'], 3)) | source
