@@ -107,6 +107,13 @@ def train(folder, epochs, dls, rows, source):
     return distil.teacher.eval()
 
 
+class Turned(ClassAttention):
+    "Each head's map, and then each turned around: the first maps are what it looks at, the others what it leaves out."
+    def compute(self, x, target, create_graph):
+        logits, maps = super().compute(x, target, create_graph)
+        return logits, torch.cat([maps, -maps], 1)
+
+
 def measured(dls, make):
     "IoUs of a localizer's maps on test and val."
     return [map_overlaps(make, dls.localizable(split)) for split in ('test', 'val')]
@@ -120,6 +127,9 @@ def rows_of_maps(dls, nets):
             own = measured(dls, ClassAttention(net, layer, heads='all'))
             head = best_head(own[1][0] >= .5)
             yield dict(map=f'{name}, {layer}, best head of val', head=head) | of(own, head)
+            own = measured(dls, Turned(net, layer, heads='all'))
+            head = best_head(own[1][0] >= .5)
+            yield dict(map=f'{name}, {layer}, best head or its negative', head=head) | of(own, head)
             yield dict(map=f'{name}, {layer}, mean') | of(measured(dls, ClassAttention(net, layer)), None)
 
 
