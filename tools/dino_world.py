@@ -108,7 +108,7 @@ def train(folder, epochs, dls, rows, source):
 
 
 class Turned(ClassAttention):
-    "Each head's map, and then each turned around: the first maps are what it looks at, the others what it leaves out."
+    "Each head's map, and each turned around: what it looks at, and what it leaves out."
     def compute(self, x, target, create_graph):
         logits, maps = super().compute(x, target, create_graph)
         return logits, torch.cat([maps, -maps], 1)
