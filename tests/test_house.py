@@ -27,7 +27,7 @@ def settings():
 NOTEBOOKS = house.notebooks()
 MODULES = list(house.homes()) # in the order of chapters and numbers
 # training and what stands on it; core maths (metrics, localizers, nets, losses, seeds) is usable without it
-FASTAI = r'wsol_nb\.(data\.(dataset|idioms|loaders|shards)|train|methods|cli|dense\.(seeded|fcam|negev))\b'
+FASTAI = r'wsol_nb\.(data\.(dataset|idioms|loaders|shards)|train|methods|cli|dense\.(seeded|fcam|negev)|vit\.distil)\b'
 WITH_FASTAI = {m for m in MODULES if re.match(FASTAI, m)}
 LONGEST = 300 # lines of a module
 
