@@ -28,7 +28,7 @@ NOTEBOOKS = house.notebooks()
 MODULES = list(house.homes()) # in the order of chapters and numbers
 # training and what stands on it; core maths (metrics, localizers, nets, losses, seeds) is usable without it
 FASTAI = (r'wsol_nb\.(data\.(dataset|idioms|loaders|shards)|train|methods|cli|'
-          r'dense\.(seeded|fcam|negev)|vit\.(dino|tscam|fusion))\b')
+          r'dense\.(seeded|fcam|negev)|vit\.(distil|tscam|fusion))\b')
 WITH_FASTAI = {m for m in MODULES if re.match(FASTAI, m)}
 LONGEST = 300 # lines of a module
 

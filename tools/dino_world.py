@@ -25,7 +25,8 @@ from wsol_nb.metrics.boxes import centre_map
 from wsol_nb.results import Rows, origin, results_folder
 from wsol_nb.train.method import adamw
 from wsol_nb.vit.attention import ClassAttention
-from wsol_nb.vit.dino import DINO, DINOHead, SelfDistillation
+from wsol_nb.vit.dino import DINO, DINOHead
+from wsol_nb.vit.distil import SelfDistillation
 from wsol_nb.vit.heads import best_head, map_overlaps
 import timm # after wsol_nb.core, see its end
 
