@@ -141,7 +141,8 @@ def walk(own, place):
 
 def conformance(own, place):
     "The contract of all localizers, on one net."
-    shutil.copytree(root/'tests', place/'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    for folder in ('tests', 'tools'):
+        shutil.copytree(root/folder, place/folder, ignore=shutil.ignore_patterns('__pycache__'))
     command = [own, '-m', 'pytest', '-q', '-W', 'error::DeprecationWarning:wsol_nb']
     said = run('conformance', [*command, 'tests/test_conformance.py', '-k', QUICK], place)
     print(f'    {said.strip().splitlines()[-1]}')
