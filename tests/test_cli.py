@@ -232,7 +232,7 @@ WORLD = ['--data', '{world}', '--out', '{tmp}/r']
     (['train', *WORLD, '--select', 'best'], "select='best': expected last, loc or cl"),
     (['train', *WORLD, '--size', '64', '--no-check', '--arch', 'resnet5O'], 'did you mean resnet50'),
     (['train', *WORLD, '--params', 'k=3'], "params: GAP has no 'k'"),
-    (['train', '--resume', '--out', '{tmp}/none'], 'no run is saved there'),
+    (['train', '--resume', '--out', '{tmp}/none'], 'no run has begun in'),
 ])
 def test_errors(args, message, world, tmp_path, monkeypatch):
     "What the script prints when it ends."

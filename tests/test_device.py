@@ -165,7 +165,7 @@ def test_bfloat16(name, dls, tmp_path):
 def test_a_call_waits_no_more_for_more_images(name):
     "Once for what is said of NaN, see `check=`, and for what MANY says; the maps are those of the CPU."
     needs = entries('localizer')[name].facts['needs']
-    tol = 1e-4 if 'tokens' in needs or needs == 'a patch head' else 0 # attention rounds in another order
+    tol = 1e-3 if 'tokens' in needs or needs == 'a patch head' else 0 # attention rounds in another order
     for n in (2, 4):
         crossings, there, here = copies.calling(name, n)
         same(there, here, tol)

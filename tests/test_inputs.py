@@ -182,7 +182,8 @@ def a_region():
 
 NO_PLACES = dict(CAM='are no linear layer of the average of',
                  ExcitationBackprop="'interpolate' has no excitation rule",
-                 Contrastive="'interpolate' has no excitation rule")
+                 Contrastive="'interpolate' has no excitation rule",
+                 Refined='expected the rows and columns of the scores') # of a smaller picture
 
 
 @every
