@@ -9,7 +9,7 @@ __all__ = ['turn_boxes', 'lay_map', 'given_upright', 'mask_turn', 'turn_manifest
 import numpy as np
 import pandas as pd
 
-from ..images import open_image, orientation
+from ..images import open_image, orientation, turn_pixels
 
 # %% ../../nbs/0_ground/12_turned.ipynb #24bf627f
 def turn_boxes(
@@ -31,10 +31,8 @@ def lay_map(
     flag:int, # EXIF's 1 to 8
 )->np.ndarray: # of the picture as stored
     "A map of the picture that an EXIF flag makes, as one of the pixels as stored."
-    laid = score_map.T if flag > 4 else score_map
-    if flag in (2, 3, 7, 8): laid = laid[:, ::-1]
-    if flag in (3, 4, 6, 7): laid = laid[::-1]
-    return np.ascontiguousarray(laid)
+    back = {6: 8, 8: 6}.get(flag, flag) # the others undo themselves
+    return np.ascontiguousarray(turn_pixels(score_map, back))
 
 # %% ../../nbs/0_ground/12_turned.ipynb #62dc015b
 def given_upright(

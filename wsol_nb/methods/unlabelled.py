@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..core import expect, whole_file
 from ..data.geometry import apply_geometry, to_tensor
-from ..data.manifest import SUFFIXES
+from ..data.levels import files_below
 from ..images import BadImage, read_image
 from ..localize.maps import resize_maps
 from .colocalize import DDT, largest_box, viewed
@@ -35,7 +35,7 @@ def photos_of(
     if not isinstance(images, (str, Path)): return list(images)
     folder = Path(images)
     expect(folder.is_dir(), 'images', str(images), 'a folder, or a list of pictures')
-    return sorted(f for f in folder.rglob('*') if f.suffix.lower() in SUFFIXES)
+    return files_below(folder)
 
 def opened(photo)->Image.Image: # RGB; files are turned as their EXIF flags say
     "A picture, or a `BadImage` with what is wrong with it."

@@ -62,14 +62,17 @@ def _after(values, counts, empty):
     return np.where(true == 0, np.nan, values) if empty == 'truth' else values
 
 # %% ../../nbs/1_evaluation/16_regions.ipynb #8189be46
+def _share(hit, of, counts, empty):
+    "What was hit of what there is; 0/0 is NaN, until the rule of what is empty is applied."
+    return _after(np.where(of > 0, hit/np.maximum(of, 1), np.nan), counts, empty)
+
 def dice(
     counts, # (…,3,K) from `region_counts`
     empty:str='skip', # one of `EMPTY`
 )->np.ndarray: # (…,K) in [0,1]; NaN where left out
     "Dice of each class."
     both, predicted, true = np.moveaxis(np.asarray(counts), -2, 0)
-    n = predicted + true
-    return _after(np.where(n > 0, 2*both/np.maximum(n, 1), np.nan), counts, empty)
+    return _share(2*both, predicted + true, counts, empty)
 
 def iou(
     counts, # (…,3,K) from `region_counts`
@@ -77,8 +80,7 @@ def iou(
 )->np.ndarray: # (…,K) in [0,1]; NaN where left out
     "Intersection over union of each class."
     both, predicted, true = np.moveaxis(np.asarray(counts), -2, 0)
-    n = predicted + true - both
-    return _after(np.where(n > 0, both/np.maximum(n, 1), np.nan), counts, empty)
+    return _share(both, predicted + true - both, counts, empty)
 
 # %% ../../nbs/1_evaluation/16_regions.ipynb #ca35e68a
 class Regions:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import env_folder, expect
-from .trunks import make_trunk
+from .trunks import drop_idle, make_trunk
 from ..registry import did_you_mean
 import timm
 
@@ -138,12 +138,6 @@ def _look(body):
     k, shape = body.num_features, tuple(features.shape)
     return None if len(shape) != 4 or (shape[1] != k and shape[-1] == k) else (features, ran)
 
-def _drop_idle(body, ran):
-    "Replace the parts that have weights and did not run."
-    for name, m in list(body.named_children()):
-        used = any(s in ran for s in m.modules())
-        if not used and list(m.parameters()): setattr(body, name, nn.Identity())
-
 # %% ../../nbs/2_training/01_bodies.ipynb #a499f9ec
 def _reach(body, stride, arch, dilated):
     "Bring a body to `stride`, unless timm has tried to; ValueError where that cannot be."
@@ -171,7 +165,7 @@ def make_body(
     looked = body and _look(body)
     if looked is None: return make_trunk(arch, stride)
     features, ran = looked
-    _drop_idle(body, ran)
+    drop_idle(body, ran)
     body.width, body.late = features.shape[1], ['layer4'] if reference == 'wsol_resnet50' else []
     body.stride = _stride_of(body, features)
     if stride and stride != body.stride: _reach(body, stride, arch, dilated)

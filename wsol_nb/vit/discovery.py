@@ -24,13 +24,14 @@ from torch import nn
 
 from ..core import differing, expect, minmax, whole_file
 from ..data.geometry import apply_geometry, to_tensor
-from ..data.manifest import SUFFIXES
+from ..data.levels import files_below
 from ..data.stores import MapStore
 from ..images import BadImage, as_rgb, read_image
 from ..localize.base import Localizer, find_localizer, unwrap
 from ..nets.bodies import local_weights, read_state
 from ..registry import did_you_mean
 from ..show import Example, contact_sheet, to_rgb
+from .lost import patch_box
 import timm
 
 # %% ../../nbs/7_transformers/07_discover.ipynb #0f583e02
@@ -62,16 +63,6 @@ class Object(NamedTuple):
     box: list        # x0,y0,x1,y1 inclusive, pixels of the picture; None where there is no object
     score: float     # mean of the map on the object less its mean elsewhere, 0 to 1
 
-def _box(mask, size):
-    "The box around a mask in a picture of `size` (W,H): all pixels that it touches."
-    sides = []
-    for axis, pixels in enumerate(size):
-        on, = np.nonzero(mask.any(axis))
-        n = mask.shape[1 - axis]
-        sides.append((on[0]*pixels//n, -(-(on[-1] + 1)*pixels//n) - 1))
-    (x0, x1), (y0, y1) = sides
-    return [int(x0), int(y0), int(x1), int(y1)]
-
 def find_object(
     score_map, # (h,w) in [0,1]
     size, # (W,H) of the picture
@@ -79,9 +70,10 @@ def find_object(
     "Mask, box and score of the object that a map shows, without a threshold to choose."
     mask = part_map(score_map, grid_size(size))
     if not mask.any(): return Object(mask, None, 0.)
-    if mask.all(): return Object(mask, _box(mask, size), 0.)
+    box = patch_box(mask, size[::-1])
+    if mask.all(): return Object(mask, box, 0.)
     big = cv2.resize(np.asarray(score_map, np.float32), mask.shape[::-1])
-    return Object(mask, _box(mask, size), float(big[mask].mean() - big[~mask].mean()))
+    return Object(mask, box, float(big[mask].mean() - big[~mask].mean()))
 
 # %% ../../nbs/7_transformers/07_discover.ipynb #0f51996b
 class ReadyNet(nn.Module):
@@ -137,7 +129,7 @@ class Picture(NamedTuple):
 # %% ../../nbs/7_transformers/07_discover.ipynb #c2f873c8
 def _below(folder):
     "The pictures below a folder."
-    files = sorted(f for f in folder.rglob('*') if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = files_below(folder)
     expect(files, 'images', str(folder), 'a folder with pictures')
     return [Picture(f.relative_to(folder).as_posix(), f) for f in files]
 

@@ -16,9 +16,12 @@ import torch
 from fastcore.basics import patch
 
 from ..core import check_positive, expect
+from ..data.worlds.base import mask_box
 from ..devices import no_autocast
 from ..localize.base import BoxLocalizer, Localizer
 from ..registry import localizer
+from ..scoring.annotate import in_picture
+from .attention import for_targets
 from .layout import layers_of, learn_attention
 from .reading import Projected, read_attention
 
@@ -93,12 +96,8 @@ def patch_box(
     size, # (H,W) of the image
 )->list: # x0,y0,x1,y1 inclusive, pixels of the image
     "The box around patches, all pixels that they touch."
-    sides = []
-    for axis, (n, pixels) in enumerate(zip(piece.shape, size)):
-        on, = np.nonzero(piece.any(1 - axis))
-        sides.append((on[0]*pixels//n, -(-(on[-1] + 1)*pixels//n) - 1))
-    (y0, y1), (x0, x1) = sides
-    return [int(x0), int(y0), int(x1), int(y1)]
+    box = in_picture(mask_box(piece), piece.shape[::-1], size[::-1])
+    return [int(side) for side in box]
 
 def boxes_at(
     masks:torch.Tensor, # (B,N) bool
@@ -145,10 +144,7 @@ def look(self:KeyLocalizer, keys): # soft (B,N), mask (B,N) bool, seed (B,)
 @patch
 def compute(self:KeyLocalizer, x, target, create_graph):
     logits, keys, grid = self.keys(x)
-    scores = target.scores(logits) # refuses a target that does not exist, ignored else
-    maps = self.look(keys)[0].unflatten(1, grid)
-    if scores.ndim == 1: return logits, maps
-    return logits, maps[:, None].expand(-1, scores.shape[1], *grid)
+    return logits, for_targets(self.look(keys)[0].unflatten(1, grid), target, logits)
 
 @patch
 def describe(self:KeyLocalizer, preset=None):

@@ -21,6 +21,7 @@ from ..data.geometry import apply_geometry, to_tensor
 from ..images import BadImage
 from ..localize.base import Localizer, unwrap
 from ..registry import localizer
+from .attention import for_targets
 from .discovery import input_size, list_pictures, ready_net
 from .layout import layers_of, learn_attention
 from .reading import Projected, read_attention
@@ -123,10 +124,8 @@ class PatchHeadMaps(Localizer):
 
     def compute(self, x, target, create_graph):
         logits, features, grid, _ = self.model.look(x)
-        wanted = target.scores(logits) # refuses a target that does not exist, ignored else
         maps = foreground(self.model.scores(features, grid)) # b,h,w
-        if wanted.ndim == 1: return logits, maps
-        return logits, maps[:, None].expand(-1, wanted.shape[1], *grid)
+        return logits, for_targets(maps, target, logits)
 
 # %% ../../nbs/7_transformers/09_patchhead.ipynb #94bbca15
 class HeadTraining(NamedTuple):

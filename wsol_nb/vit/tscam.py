@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core import expect
+from ..core import expect, minmax
 from ..nets.model import Head, WSOLModel
 from ..registry import head, method
 from ..train.method import Method
@@ -32,9 +32,7 @@ def couple(
     if how == 'attention': return attention[:, None].expand_as(semantic)
     if how == 'semantic': return semantic
     if how == 'relu': semantic = semantic.relu()
-    if how == 'minmax':
-        low, high = (f(semantic, (2, 3), keepdim=True) for f in (torch.amin, torch.amax))
-        semantic = (semantic - low)/(high - low).clamp_min(1e-12)
+    if how == 'minmax': semantic = minmax(semantic)
     return attention[:, None]*semantic
 
 # %% ../../nbs/7_transformers/20_tscam.ipynb #563162ed
