@@ -225,6 +225,11 @@ def test_what_a_run_sees(world, tmp_path):
     seen = [boxes(read_any(tmp_path/f'{name}-voc')) for name in ('photos', 'data')]
     by_folder, by_data = ([(name, *rest) for name, _, *rest in rows] for rows in seen) # splits are others
     assert by_folder == by_data and len(by_folder) == 48
+    config = json.loads((tmp_path/'run/config.json').read_text())
+    config['tau'] = dict(value=0., source='val boxes') # as the boxes of a net that has learnt little choose
+    (tmp_path/'run/config.json').write_text(json.dumps(config))
+    said = wsol('data', 'export', folder, tmp_path/'no', '--format', 'voc', '--run', tmp_path/'run', code=1)
+    assert 'is all of a picture; name one with --tau' in said
     both = '--run', 'run', '--maps', 'maps', '--tau', .5
     assert 'one of them' in wsol('data', 'export', folder, tmp_path/'no', '--format', 'voc', *both, code=1)
 

@@ -289,7 +289,8 @@ def one(kind, base, n):
         own = exported(data, base/'own', truth, .02 if kind == 'yolo' else 1e-6)
         row['exported, wrong'] = counts_of(own)
         row['wrong'] = sum(bool(own[f]) for f in (*FORMATS, 'masks'))
-    seen = exported(data, base/'seen', None, 1e-6, run=run)
+    # after an epoch a run's own τ may be 0, and that is refused
+    seen = exported(data, base/'seen', None, 1e-6, run=run, tau=.2)
     row['seen, wrong'] = counts_of(seen)
     row['wrong'] = row.get('wrong', 0) + sum(bool(seen[f]) for f in (*FORMATS, 'masks'))
     few = [] if HAS_COCO else ['--no-masks']

@@ -199,7 +199,8 @@ def wait(pid, seconds=600):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done: return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
-            os.killpg(pid, signal.SIGKILL)
+            try: os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError: os.kill(pid, signal.SIGKILL) # it has no group of its own yet
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         time.sleep(.002)
 

@@ -69,11 +69,14 @@ def _shown_by(found, maps, tau, masks):
 def _shown_to(run, found, tau, masks):
     "A dataset with what a run sees in its pictures; τ is the run's own where none is given."
     import tempfile
+    from wsol_nb.core import expect
     from wsol_nb.scoring.annotate import picture_maps
     from wsol_nb.train.run import load_run
     r = load_run(run)
     kept = r.config.get('tau', dict(value=.2, source='default'))
     tau, source = (kept['value'], kept['source']) if tau is None else (tau, 'given')
+    own = "the run's own is all of a picture; name one with --tau"*(source != 'given')
+    expect(0 < tau < 1, 'tau', tau, own or 'a threshold between 0 and 1')
     print(f'objects are what {run} sees above τ {tau:.3f} ({source})')
     names, size = r.config['class_names'], r.config['data']['size']
     tmp = tempfile.TemporaryDirectory()
